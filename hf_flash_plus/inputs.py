@@ -1,0 +1,278 @@
+"""One attention call as data: :class:`AttentionInputs`, its :class:`CallSignature`, and all validation.
+
+Every ``ValueError`` or ``TypeError`` about shapes, dtypes and devices is raised here, by one function, so that no
+malformed call reaches a kernel. Each message names the argument, what came, and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .masks import FULL, AttentionMask
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+#: Up to this many query rows a call counts as decoding (one token, or the draft of assisted generation).
+SHORT_QUERY = 16
+
+
+class CallSignature(NamedTuple):
+    """What decides which provider can serve a call: everything but the data and the sequence lengths."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    v_head_dim: int
+    nheads: int
+    nheads_k: int
+    short_query: bool
+    causal: bool
+    window: bool
+    intervals: bool
+    packed: bool
+    key_mask: bool
+    bias: str  # "none", "bool" or "float"
+    bias_grad: bool
+    alibi: bool
+    sinks: str  # "none", "head" (nheads,) or "row" (batch, nheads, seqlen_q)
+    softcap: bool
+    dropout: bool
+    needs_grad: bool
+    needs_lse: bool
+    deterministic: bool
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """One attention call.
+
+    Attributes:
+        query: ``(batch, seqlen_q, nheads, head_dim)``, last dimension contiguous, other strides free.
+        key: ``(batch, seqlen_k, nheads_k, head_dim)``; ``nheads`` is a multiple of ``nheads_k``.
+        value: ``(batch, seqlen_k, nheads_k, v_head_dim)``.
+        softmax_scale: factor on the scores, before everything else.
+        mask: what each row sees.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; 0 is off.
+        alibi_slopes: fp32 ``(nheads,)`` or ``(batch, nheads)``: ``-slope * |diagonal - j|`` is added to scores.
+        sinks: ``(nheads,)`` or ``(batch, nheads, seqlen_q)``: one more logit in each row's softmax, with no value.
+        dropout_p: probability of dropping an attention weight.
+        dropout_seed: int64 ``(1,)`` on the device, drawn from torch's generator; set by ``ops`` for the kernels
+            that make their own random numbers.
+        deterministic: only bitwise repeatable backward passes may serve.
+        needs_lse: the caller wants ``softmax_lse``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    softmax_scale: float
+    mask: AttentionMask = FULL
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
+    deterministic: bool = False
+    needs_lse: bool = False
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def seqlen_q(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def seqlen_k(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def nheads(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def nheads_k(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.query.shape[3]
+
+    @property
+    def v_head_dim(self) -> int:
+        return self.value.shape[3]
+
+    def signature(self) -> CallSignature:
+        """The call without its data and lengths: the key under which a provider is chosen."""
+        mask, bias, sinks = self.mask, self.mask.bias, self.sinks
+        grad = torch.is_grad_enabled()
+        bias_grad = grad and bias is not None and bias.requires_grad
+        needs_grad = grad and (
+            self.query.requires_grad
+            or self.key.requires_grad
+            or self.value.requires_grad
+            or bias_grad
+            or (sinks is not None and sinks.requires_grad)
+        )
+        return CallSignature(
+            self.query.device.type,
+            self.query.dtype,
+            self.query.shape[3],
+            self.value.shape[3],
+            self.query.shape[2],
+            self.key.shape[2],
+            # Reading a symbolic length would make torch.compile specialise on it.
+            not torch.compiler.is_compiling() and self.query.shape[1] <= SHORT_QUERY,
+            mask.causal,
+            mask.windowed,
+            mask.row_intervals is not None,
+            mask.packed is not None,
+            mask.key_mask is not None,
+            "none" if bias is None else "bool" if bias.dtype == torch.bool else "float",
+            bias_grad,
+            self.alibi_slopes is not None,
+            "none" if sinks is None else "head" if sinks.dim() == 1 else "row",
+            self.softcap > 0.0,
+            self.dropout_p > 0.0,
+            needs_grad,
+            self.needs_lse,
+            self.deterministic,
+        )
+
+
+def describe(tensor: Tensor) -> str:
+    """A tensor in an error message: ``torch.float16 (2, 3, 4) on cuda:0``."""
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_tensor(name: str, value: object, optional: bool = False) -> None:
+    if not (isinstance(value, Tensor) or (optional and value is None)):
+        raise TypeError(f"{name} must be a torch.Tensor{' or None' if optional else ''}, got {type(value).__name__}.")
+
+
+def validate(inputs: AttentionInputs) -> None:
+    """Check one call, argument by argument.
+
+    Raises:
+        TypeError: a tensor argument is no tensor.
+        ValueError: a shape, dtype, device or number is not allowed; says which, what came, what is allowed.
+    """
+    q, k, v = inputs.query, inputs.key, inputs.value
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _require_tensor(name, tensor)
+        _require(
+            tensor.dim() == 4,
+            f"{name} must have 4 dimensions (batch, seqlen, nheads, headdim), got {describe(tensor)}.",
+        )
+    _require(
+        q.dtype in DTYPES,
+        f"q has dtype {q.dtype}; supported are {', '.join(map(str, DTYPES))}. Cast with q.to(torch.bfloat16).",
+    )
+    for name, tensor in (("k", k), ("v", v)):
+        _require(
+            tensor.dtype == q.dtype,
+            f"q, k and v must have one dtype: q is {q.dtype}, {name} is {tensor.dtype}. "
+            f"Cast {name} with .to({q.dtype}), or run under torch.autocast.",
+        )
+        _require(tensor.device == q.device, f"{name} is on {tensor.device}, but q is on {q.device}; move one of them.")
+        _require(
+            tensor.shape[0] == q.shape[0],
+            f"{name} has batch {tensor.shape[0]}, but q has batch {q.shape[0]} "
+            f"(q: {describe(q)}, {name}: {describe(tensor)}).",
+        )
+    _require(
+        k.shape[1:3] == v.shape[1:3],
+        f"k and v must have the same seqlen and nheads, got k: {describe(k)}, v: {describe(v)}.",
+    )
+    _require(k.shape[3] == q.shape[3], f"k has headdim {k.shape[3]}, but q has headdim {q.shape[3]}.")
+    _require(q.shape[3] > 0 and v.shape[3] > 0, f"headdim must be positive, got q: {describe(q)}, v: {describe(v)}.")
+    _require(
+        q.shape[2] > 0 and k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0,
+        f"the number of heads of q ({q.shape[2]}) must be a multiple of that of k and v ({k.shape[2]}).",
+    )
+    _validate_numbers(inputs)
+    _validate_mask(inputs)
+    batch, nheads = q.shape[0], q.shape[2]
+    if inputs.alibi_slopes is not None:
+        slopes = inputs.alibi_slopes
+        _require_tensor("alibi_slopes", slopes)
+        _require(
+            slopes.dtype == torch.float32 and tuple(slopes.shape) in ((nheads,), (batch, nheads)),
+            f"alibi_slopes must be torch.float32 of shape ({nheads},) or ({batch}, {nheads}), got {describe(slopes)}.",
+        )
+        _require(slopes.device == q.device, f"alibi_slopes is on {slopes.device}, but q is on {q.device}.")
+        _require(
+            not slopes.requires_grad,
+            "alibi_slopes requires a gradient, which is not computed; pass the bias as a dense bias to train it.",
+        )
+    if inputs.sinks is not None:
+        sinks = inputs.sinks
+        _require_tensor("s_aux", sinks)
+        _require(
+            sinks.is_floating_point() and tuple(sinks.shape) in ((nheads,), (batch, nheads, q.shape[1])),
+            f"s_aux (attention sinks) must be floating, of shape ({nheads},) or ({batch}, {nheads}, {q.shape[1]}), "
+            f"got {describe(sinks)}.",
+        )
+        _require(sinks.device == q.device, f"s_aux is on {sinks.device}, but q is on {q.device}.")
+
+
+def _validate_numbers(inputs: AttentionInputs) -> None:
+    _require(
+        isinstance(inputs.softmax_scale, (int, float)) and math.isfinite(inputs.softmax_scale),
+        f"softmax_scale must be a finite number, got {inputs.softmax_scale!r}.",
+    )
+    _require(
+        isinstance(inputs.softcap, (int, float)) and 0.0 <= inputs.softcap < math.inf,
+        f"softcap must be a finite number >= 0 (0 is off), got {inputs.softcap!r}.",
+    )
+    _require(
+        isinstance(inputs.dropout_p, (int, float)) and 0.0 <= inputs.dropout_p < 1.0,
+        f"dropout_p must be in [0, 1), got {inputs.dropout_p!r}.",
+    )
+
+
+def _validate_mask(inputs: AttentionInputs) -> None:
+    mask, q = inputs.mask, inputs.query
+    batch, seqlen_q, nheads, seqlen_k = q.shape[0], q.shape[1], q.shape[2], inputs.key.shape[1]
+    _require(
+        isinstance(mask.window, tuple) and len(mask.window) == 2 and all(isinstance(w, int) for w in mask.window),
+        f"window_size must be a tuple of two integers (left, right), -1 meaning unlimited, got {mask.window!r}.",
+    )
+    _require(
+        min(mask.window) >= -1,
+        f"window_size must be >= -1 on both sides (-1 is unlimited), got {mask.window!r}.",
+    )
+    expected = (
+        ("row_intervals", mask.row_intervals, (torch.int32,), ((batch, 1), (seqlen_q,), (2,))),
+        ("key_mask", mask.key_mask, (torch.bool,), ((batch, 1), (seqlen_k,))),
+        ("key_holes", mask.key_holes, (torch.int32,), ((batch, 1),)),
+        ("row_positions", mask.row_positions, (torch.int32,), ((batch, 1), (seqlen_q,))),
+        ("bias", mask.bias, (torch.bool, *DTYPES), ((batch, 1), (nheads, 1), (seqlen_q, 1), (seqlen_k,))),
+    )
+    for name, tensor, dtypes, sizes in expected:
+        if tensor is None:
+            continue
+        _require_tensor(name, tensor)
+        shape = "(" + ", ".join(" or ".join(dict.fromkeys(map(str, size))) for size in sizes) + ")"
+        _require(
+            tensor.dtype in dtypes
+            and tensor.dim() == len(sizes)
+            and all(n in size for n, size in zip(tensor.shape, sizes)),
+            f"{name} must be {' or '.join(map(str, dtypes))} of shape {shape}, got {describe(tensor)}.",
+        )
+        _require(tensor.device == q.device, f"{name} is on {tensor.device}, but q is on {q.device}.")
+    _require(
+        mask.key_holes is None or mask.key_mask is not None,
+        "key_holes was given without the key_mask it describes.",
+    )

@@ -1,0 +1,271 @@
+"""The attention function registered with Transformers as ``"flash_plus"``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops, settings
+from ..inputs import AttentionInputs, describe, validate
+from ..masks import (
+    FULL,
+    AttentionMask,
+    document_intervals,
+    intersect_intervals,
+    key_mask_intervals,
+    varlen_mask,
+    visible,
+    with_intervals,
+)
+from . import carrier, continuous
+
+NAME = "flash_plus"
+_MEMO = "_hf_flash_plus_memo"
+
+
+def flash_plus_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    cache: Any = None,
+    position_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """One layer's attention call, in the convention of Transformers' ``AttentionInterface``.
+
+    Args:
+        module: the attention module; ``module.is_causal`` decides only where no mask and no ``is_causal`` came.
+        query: ``(batch, nheads, seqlen_q, head_dim)``.
+        key, value: ``(batch, nheads_k, seqlen_k, head_dim)``; value's head_dim may differ.
+        attention_mask: a carrier made by ``flash_plus_mask``; or anyone's 4-D boolean (True is visible) or additive
+            mask; or a 2-D padding mask. When one is given it is the whole truth: ``is_causal`` and
+            ``sliding_window`` are then already part of it.
+        dropout: probability of dropping an attention weight.
+        scaling: factor on the scores; None is ``head_dim ** -0.5``.
+        sliding_window: keys a row may look back over, itself included; used where no mask came.
+        softcap: as in Gemma 2.
+        is_causal: overrides ``module.is_causal`` where no mask came.
+        s_aux: attention sinks ``(nheads,)`` (gpt_oss); sinks: ``(batch, nheads, seqlen_q, 1)`` (inkling2).
+        cache: a ``PagedAttentionCache``, in continuous batching.
+        position_bias: added to the scores, broadcastable to ``(batch, nheads, seqlen_q, seqlen_k)`` (T5).
+        indices: ``(batch, seqlen_q, topk)``, the keys that sparse attention (DSA) chose; the others are hidden.
+        kwargs: of these ``position_ids``, ``cu_seq_lens_q/k``, ``max_length_q/k`` (packed batches) and
+            ``output_attentions`` are read.
+
+    Returns:
+        ``(output (batch, seqlen_q, nheads, head_dim), weights)``; the weights are None unless
+        ``output_attentions``, which computes them eagerly.
+
+    Raises:
+        NotImplementedError: ``block_indices`` (block-sparse attention), or a call that no provider serves.
+        ValueError: a mask that cannot be understood.
+    """
+    if block_indices is not None:
+        raise NotImplementedError(
+            "attn_implementation='flash_plus' does not compute block-sparse attention (block_indices); "
+            "load this model with attn_implementation='eager' or 'sdpa'."
+        )
+    if cache is not None and continuous.is_paged(cache):
+        return continuous.paged_attention(
+            module, query, key, value, cache, dropout, scaling, sliding_window, softcap, s_aux, kwargs
+        )
+    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
+        mask = _flags(bool(causal), sliding_window)
+        if kwargs.get("cu_seq_lens_q") is not None:
+            mask = _packed(mask, query, key, kwargs)
+    else:
+        mask = _understand(attention_mask, module, query, key, is_causal, sliding_window, kwargs)
+    if position_bias is not None:
+        mask = _with_bias(mask, position_bias, seqlen_q, seqlen_k)
+    if indices is not None:
+        mask = _with_selected_keys(mask, indices, seqlen_q, seqlen_k)
+    if sinks is not None:
+        s_aux = sinks.squeeze(-1)
+    if not (query.dtype == key.dtype == value.dtype):
+        # PEFT keeps norms in fp32, so queries and keys may come in fp32 beside half-precision values.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    wants_weights = bool(kwargs.get("output_attentions"))
+    inputs = AttentionInputs(
+        _last_contiguous(query.transpose(1, 2)),
+        _last_contiguous(key.transpose(1, 2)),
+        _last_contiguous(value.transpose(1, 2)),
+        float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
+        mask,
+        float(softcap) if softcap else 0.0,
+        None,
+        s_aux,
+        float(dropout),
+        deterministic=settings.deterministic(),
+        needs_lse=wants_weights,
+    )
+    validate(inputs)
+    if wants_weights:
+        with settings.provider_override("reference"):
+            output = ops.attention(inputs, NAME)
+        assert output.probabilities is not None
+        return output.out, output.probabilities.to(query.dtype)
+    return ops.attention(inputs, NAME).out, None
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _flags(causal: bool, sliding_window: int | None) -> AttentionMask:
+    """The mask that Transformers' flash attention would use where no mask came: windows are symmetric without causal."""
+    if sliding_window is None or sliding_window <= 0:
+        return AttentionMask(causal=causal)
+    return AttentionMask(causal=causal, window=(sliding_window - 1, -1 if causal else sliding_window - 1))
+
+
+def _understand(
+    attention_mask: Tensor,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    kwargs: dict[str, Any],
+) -> AttentionMask:
+    """Any mask that can reach an attention call, as an :class:`AttentionMask`."""
+    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    if carrier.is_carrier(attention_mask):
+        carried = carrier.decode(attention_mask, seqlen_q, seqlen_k)
+        return _split_documents(carried.mask, query, key, kwargs) if carried.plain_causal else carried.mask
+    if attention_mask.dim() == 4 and (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+        bias = attention_mask[..., :seqlen_k]
+        if bias.dtype == torch.bool and seqlen_q == 1 and bias.shape[1] == 1 and bias.shape[2] == 1:
+            return AttentionMask(key_mask=bias[:, 0, 0, :])  # one row: a dense mask is a key mask
+        return AttentionMask(bias=bias)
+    if attention_mask.dim() == 2:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
+        return _padding(attention_mask, _flags(bool(causal), sliding_window), seqlen_q, seqlen_k)
+    raise ValueError(
+        f"attn_implementation='flash_plus' got an attention_mask of {describe(attention_mask)}; it takes 4-D boolean "
+        "masks (True is visible), 4-D floating masks (added to the scores), and 2-D padding masks (batch, seqlen_k)."
+    )
+
+
+def _padding(attention_mask: Tensor, flags: AttentionMask, seqlen_q: int, seqlen_k: int) -> AttentionMask:
+    """A 2-D padding mask ``(batch, seqlen_k)`` (nonzero is real) joined with flags."""
+    key_mask = attention_mask[:, -seqlen_k:].bool() if attention_mask.shape[1] > seqlen_k else attention_mask.bool()
+    if key_mask.shape[1] < seqlen_k:  # a static cache: slots beyond the mask are not written yet
+        key_mask = torch.nn.functional.pad(key_mask, (0, seqlen_k - key_mask.shape[1]))
+    first, last, holes = key_mask_intervals(key_mask)
+    intervals = torch.stack((first, last), dim=-1)[:, None, :].expand(-1, seqlen_q, -1)
+    mask = AttentionMask(flags.causal, flags.window, intervals, key_mask, holes)
+    return with_intervals(mask, seqlen_q, seqlen_k, attention_mask.device)
+
+
+def _split_documents(mask: AttentionMask, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> AttentionMask:
+    """Keep packed documents apart where the mask function could not.
+
+    Transformers looks for packed ``position_ids`` only without a cache object; with one (``use_cache=True``, the
+    default) its eager attention lets the documents of a row see each other. The output of a model must not depend on
+    whether it also returns a cache, so the result without a cache is taken as the truth here. ``cu_seq_lens_q`` says
+    the same in flattened batches.
+    """
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return _packed(mask, query, key, kwargs)
+    position_ids = kwargs.get("position_ids")
+    if (
+        not isinstance(position_ids, Tensor)
+        or position_ids.dim() != 2
+        or position_ids.shape[1] != query.shape[2]
+        or position_ids.shape[0] not in (1, query.shape[0])
+    ):
+        return mask
+    intervals = _document_intervals(position_ids)
+    if intervals is None:
+        return mask
+    device = query.device
+    mask = with_intervals(mask, query.shape[2], key.shape[2], device)
+    assert mask.row_intervals is not None
+    return replace(mask, row_intervals=intersect_intervals(mask.row_intervals, intervals.to(device)), packed=None)
+
+
+def _document_intervals(position_ids: Tensor) -> Tensor | None:
+    """The documents of a row; None where each row is one document.
+
+    In eager mode the question is asked once per forward (every layer gets the same tensor), with one look at the
+    device, as Transformers itself does without a cache. Compiled code never looks, and keeps the intervals.
+    """
+    if torch.compiler.is_compiling():
+        return document_intervals(position_ids)
+    memo = getattr(position_ids, _MEMO, None)
+    if memo is None:
+        steps = position_ids[:, 1:] - position_ids[:, :-1]
+        packed = bool((steps != 1).any())
+        memo = (document_intervals(position_ids) if packed else None,)
+        setattr(position_ids, _MEMO, memo)
+    result: Tensor | None = memo[0]
+    return result
+
+
+def _packed(mask: AttentionMask, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> AttentionMask:
+    """The mask of a flattened batch of 1, whose sequences ``cu_seq_lens_q`` and ``cu_seq_lens_k`` tell."""
+    cu_q, cu_k = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
+    if not isinstance(cu_q, Tensor):
+        raise ValueError(f"cu_seq_lens_q must be a tensor, got {type(cu_q).__name__}.")
+    cu_k = cu_k if isinstance(cu_k, Tensor) else cu_q
+    if query.shape[0] != 1:
+        raise ValueError(
+            f"cu_seq_lens_q describes one flattened row, but the batch is {query.shape[0]}; flatten the batch "
+            "(DataCollatorWithFlattening), or pass position_ids that restart at every document."
+        )
+    memo_key = (mask.causal, mask.window, query.shape[2])
+    memo = None if torch.compiler.is_compiling() else getattr(cu_q, _MEMO, None)
+    if memo is not None and memo[0] == memo_key:
+        result: AttentionMask = memo[1]
+        return result
+    result = varlen_mask(
+        cu_q.to(query.device, torch.int32),
+        cu_k.to(query.device, torch.int32),
+        query.shape[2],
+        causal=mask.causal,
+        window=mask.window,
+    )
+    result = replace(result, row_positions=None)
+    if not torch.compiler.is_compiling():
+        setattr(cu_q, _MEMO, (memo_key, result))
+    return result
+
+
+def _with_bias(mask: AttentionMask, position_bias: Tensor, seqlen_q: int, seqlen_k: int) -> AttentionMask:
+    """The mask with a position bias added to the scores."""
+    bias = position_bias[..., :seqlen_k]
+    if bias.dim() == 3:
+        bias = bias[None]
+    if mask.bias is None:
+        return replace(mask, bias=bias)
+    if mask.bias.dtype == torch.bool:
+        return replace(mask, bias=torch.where(mask.bias, bias, float("-inf")))
+    return replace(mask, bias=mask.bias + bias)
+
+
+def _with_selected_keys(mask: AttentionMask, indices: Tensor, seqlen_q: int, seqlen_k: int) -> AttentionMask:
+    """The mask with all keys hidden but those that sparse attention selected for each row."""
+    selected = torch.zeros(*indices.shape[:2], seqlen_k, dtype=torch.bool, device=indices.device)
+    selected = selected.scatter(-1, indices.long(), True)[:, None]
+    seen = visible(mask, seqlen_q, seqlen_k, indices.device)
+    if seen is not None:
+        selected = selected & seen
+    if mask.bias is not None and mask.bias.dtype != torch.bool:
+        return AttentionMask(bias=mask.bias.masked_fill(~selected, float("-inf")))
+    return AttentionMask(bias=selected)

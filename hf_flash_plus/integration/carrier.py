@@ -1,0 +1,158 @@
+"""How an :class:`AttentionMask` travels through a Transformers model: as one int32 tensor of four dimensions.
+
+Transformers hands whatever the mask function returned from the model to each layer's attention call. Only a 4-D tensor
+passes unchanged everywhere (2-D ones are cast to bool, objects crash in several models), so the mask is encoded in an
+int32 tensor ``(batch or 1, 1, seqlen_q, columns)``::
+
+    column 0, 1      row interval [start, end)
+    column 2         1 where the batch element's key padding has holes, else 0      (only with a key mask)
+    column 3 ...     the key mask, 16 keys a word, row after row                    (only with a key mask)
+
+The tensor alone says everything, so it survives ``.to()``, indexing of the batch, graph breaks and compilation. In
+eager mode the mask itself also rides along as an attribute of the tensor object, which saves decoding it in every layer
+and keeps flags (plain causal, full, window) that are faster than intervals; where the attribute is lost, the data serve.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..masks import AttentionMask
+
+_ATTRIBUTE = "_hf_flash_plus_mask"
+_WORD = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """What a carrier holds.
+
+    Attributes:
+        mask: the decoded mask.
+        plain_causal: the mask is nothing but causal (perhaps windowed) over keys that start with the first query
+            of an empty cache: documents packed in the row may still have to be told apart (see ``attention.py``).
+    """
+
+    mask: AttentionMask
+    plain_causal: bool
+
+
+def _columns(seqlen_q: int, seqlen_k: int) -> int:
+    """Words of key mask in each row, so that all rows together hold every key."""
+    words = -(-seqlen_k // _WORD)
+    return -(-words // max(seqlen_q, 1))
+
+
+def fits(seqlen_q: int, seqlen_k: int, has_key_mask: bool) -> bool:
+    """Whether a carrier is narrower than a dense mask: models may slice masks ``[..., :seqlen_k]`` on the way."""
+    return seqlen_k >= (3 + _columns(seqlen_q, seqlen_k) if has_key_mask else 2)
+
+
+def encode(intervals: Tensor, key_mask: Tensor | None, key_holes: Tensor | None, carried: Carried) -> Tensor:
+    """The carrier of a mask.
+
+    Args:
+        intervals: int32 ``(batch or 1, seqlen_q, 2)``: the whole mask but for the key mask.
+        key_mask: bool ``(batch, seqlen_k)`` or None; key_holes: int32 ``(batch,)`` beside it.
+        carried: what to hand over directly while the tensor object survives.
+
+    Returns:
+        int32 ``(batch or 1, 1, seqlen_q, columns)``.
+    """
+    if key_mask is None:
+        carrier = intervals[:, None]
+    else:
+        assert key_holes is not None
+        batch, seqlen_k = key_mask.shape
+        seqlen_q = intervals.shape[1]
+        columns = _columns(seqlen_q, seqlen_k)
+        bits = F.pad(key_mask.to(torch.int32), (0, seqlen_q * columns * _WORD - seqlen_k))
+        weights = 2 ** torch.arange(_WORD, dtype=torch.int32, device=key_mask.device)
+        words = (bits.view(batch, seqlen_q, columns, _WORD) * weights).sum(-1, dtype=torch.int32)
+        holes = key_holes[:, None, None].expand(batch, seqlen_q, 1)
+        carrier = torch.cat((intervals.expand(batch, -1, -1), holes, words), dim=-1)[:, None]
+    if not torch.compiler.is_compiling():
+        setattr(carrier, _ATTRIBUTE, (carried, carrier._version))
+    return carrier
+
+
+def is_carrier(attention_mask: Tensor) -> bool:
+    """Whether a mask that reached an attention call is one of ours (no other kind is 4-D int32)."""
+    return attention_mask.dtype == torch.int32 and attention_mask.dim() == 4
+
+
+def decode(carrier: Tensor, seqlen_q: int, seqlen_k: int) -> Carried:
+    """The mask a carrier holds, for an attention call of these lengths.
+
+    Raises:
+        ValueError: the model changed the tensor's shape or content on the way, so it no longer describes the call.
+    """
+    if not torch.compiler.is_compiling():
+        attached = getattr(carrier, _ATTRIBUTE, None)
+        if attached is not None and carrier.shape[2] == seqlen_q:
+            carried, version = attached
+            if not carrier.is_inference() and carrier._version != version:
+                raise ValueError(
+                    "the attention mask made for attn_implementation='flash_plus' was changed in place by the model; "
+                    "use attn_implementation='sdpa' or 'eager' for it and report the model."
+                )
+            return carried
+    columns = carrier.shape[-1]
+    expected = 3 + _columns(seqlen_q, seqlen_k)
+    if carrier.shape[1] != 1 or carrier.shape[2] != seqlen_q or columns not in (2, expected):
+        raise ValueError(
+            f"the attention mask made for attn_implementation='flash_plus' has shape {tuple(carrier.shape)}, which "
+            f"does not describe {seqlen_q} queries and {seqlen_k} keys: the model reshaped it on the way; use "
+            "attn_implementation='sdpa' or 'eager' for it and report the model."
+        )
+    rows = carrier[:, 0]
+    intervals = rows[..., :2]
+    if columns == 2:
+        return Carried(AttentionMask(row_intervals=intervals), plain_causal=True)
+    shifts = torch.arange(_WORD, dtype=torch.int32, device=carrier.device)
+    bits = (rows[..., 3:, None] >> shifts) & 1
+    key_mask = bits.flatten(1)[:, :seqlen_k].bool()
+    mask = AttentionMask(row_intervals=intervals, key_mask=key_mask, key_holes=rows[:, 0, 2].contiguous())
+    return Carried(mask, plain_causal=False)
+
+
+def restricted(
+    carried: Carried, original: Tensor, seqlen_q: int, seqlen_k: int, causal: bool, window: int | None
+) -> Tensor:
+    """A carrier narrowed to a causal and/or local pattern that the model keeps outside its mask (Bark, GPT-Neo).
+
+    Args:
+        carried: what ``original`` holds.
+        causal: rows see no key after their diagonal ``i + seqlen_k - seqlen_q``.
+        window: rows see at most this many keys, the last they may see included; None is unlimited.
+    """
+    from dataclasses import replace
+
+    from ..masks import intersect_intervals, window_intervals, with_intervals
+
+    if not causal and not window:
+        return original
+    mask = carried.mask
+    flags_only = mask.row_intervals is None and mask.key_mask is None
+    if flags_only and not window and mask.causal:
+        return original
+    device = original.device
+    mask = with_intervals(mask, seqlen_q, seqlen_k, device)
+    intervals = mask.row_intervals
+    if intervals is None:
+        intervals = torch.tensor([[[0, seqlen_k]]], dtype=torch.int32, device=device).expand(1, seqlen_q, 2)
+    if causal and not carried.mask.causal:
+        # The diagonal of rows whose interval already ends there is the interval's end; others get the bottom right.
+        diagonal = torch.arange(seqlen_q, device=device)[None] + (seqlen_k - seqlen_q)
+        ends = torch.minimum(intervals[..., 1].long(), diagonal + 1)
+        intervals = torch.stack((intervals[..., 0].long(), ends), dim=-1).to(torch.int32)
+    if window:
+        diagonal = intervals[..., 1].long() - 1
+        local = window_intervals(AttentionMask(causal=True, window=(window - 1, -1)), diagonal)
+        intervals = intersect_intervals(intervals, local)
+    mask = replace(mask, row_intervals=intervals)
+    return encode(intervals, mask.key_mask, mask.key_holes, Carried(mask, plain_causal=False))

@@ -1,0 +1,84 @@
+"""What is particular to single model families: which can take ``flash_plus``, and how. One row a family.
+
+Everything else in ``integration`` treats all models alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from functools import lru_cache
+from typing import Any
+
+#: Families (``config.model_type``, also as a prefix) whose model code reads the mask itself: they get a dense one.
+DENSE_MASK_MODELS: dict[str, str] = {
+    "doge": "indexes the mask to build its dynamic mask",
+    "lasr": "combines the mask with its own",
+    "nemotron_asr": "inverts the mask",
+    "parakeet": "combines the mask with its relative position bias",
+    "t5gemma2": "concatenates the masks of self and cross attention",
+    "deepseek_v32": "its indexer scores keys under the mask",
+    "deepseek_v4": "inverts the mask",
+    "glm_moe_dsa": "its indexer scores keys under the mask",
+    "axk2": "its indexer scores keys under the mask",
+    "hy_v4": "its indexer scores keys under the mask",
+    "mistral_large4": "its indexer scores keys under the mask",
+    "dots3_note": "its indexer scores keys under the mask",
+}
+
+#: Modeling modules that choose their attention class from a dictionary when a layer is built, and call
+#: ``_flash_attention_forward`` directly: ``class_dict.py`` teaches their flash class our masks.
+CLASS_DICT_MODULES: dict[str, str] = {
+    "gptj": "GPTJ_ATTENTION_CLASSES",
+    "gpt_neo": "GPT_NEO_ATTENTION_CLASSES",
+    "falcon": "FALCON_ATTENTION_CLASSES",
+    "bark": "BARK_ATTENTION_CLASSES",
+}
+
+
+def wants_dense_mask(config: Any) -> bool:
+    """Whether the model of this config reads its masks, so that they must be dense."""
+    model_type = getattr(config, "model_type", None)
+    return isinstance(model_type, str) and any(
+        model_type == name or model_type.startswith(name + "_") for name in DENSE_MASK_MODELS
+    )
+
+
+def class_dict_family(module_name: str) -> str | None:
+    """The family in :data:`CLASS_DICT_MODULES` that a modeling module belongs to, or None."""
+    family = module_name.rpartition(".modeling_")[2]
+    return family if family in CLASS_DICT_MODULES else None
+
+
+@lru_cache(maxsize=None)
+def _module_reason(module_name: str) -> str | None:
+    """Why the attention classes of a modeling module cannot be switched; None when they can."""
+    if class_dict_family(module_name):
+        return None
+    module = sys.modules.get(module_name)
+    if module is None:
+        return f"its module {module_name} is not loaded, so its attention cannot be inspected"
+    for name, value in vars(module).items():
+        if name.endswith("ATTENTION_CLASSES") and isinstance(value, dict):
+            return f"it chooses its attention from {name}, which has no entry that flash_plus could serve"
+    try:
+        source = inspect.getsource(module)
+    except (OSError, TypeError):
+        return f"the source of {module_name} cannot be read, so its attention cannot be inspected"
+    has_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE)
+    if has_attention and "ALL_ATTENTION_FUNCTIONS" not in source:
+        return "its attention does not go through Transformers' attention interface (ALL_ATTENTION_FUNCTIONS)"
+    return None
+
+
+def unsupported_reason(model: Any) -> str | None:
+    """Why this (sub)model's own attention cannot be ``flash_plus``; None when it can.
+
+    Args:
+        model: a ``PreTrainedModel``, possibly still under construction (only its class and config are read).
+    """
+    module_name = type(model).__module__
+    if class_dict_family(module_name) == "falcon" and getattr(model.config, "alibi", False):
+        return "Falcon with ALiBi adds its bias to a dense mask that its flash attention class never sees"
+    return _module_reason(module_name)

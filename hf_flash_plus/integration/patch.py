@@ -1,0 +1,176 @@
+"""Switching the attention of a model that is already loaded, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import class_dict, registration
+from .attention import NAME
+from .models import class_dict_family, unsupported_reason
+
+_STATE = "_hf_flash_plus_patch"
+
+
+@dataclass
+class PatchReport:
+    """What :func:`patch_model` did.
+
+    Attributes:
+        switched: ``(name, class, implementation before)`` of each (sub)model that now uses ``flash_plus``.
+        left: ``(name, class, reason)`` of each (sub)model that keeps its own attention.
+    """
+
+    switched: list[tuple[str, str, str | None]] = field(default_factory=list)
+    left: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"switched {name or '(the model)'} [{cls}]: {old} -> {NAME}" for name, cls, old in self.switched]
+        lines += [f"left {name or '(the model)'} [{cls}]: {reason}" for name, cls, reason in self.left]
+        return "\n".join(lines) or "nothing to switch"
+
+
+@dataclass
+class _Change:
+    """One attribute that was set, and what it was before (``_ABSENT``: nothing)."""
+
+    owner: Any
+    name: str
+    before: Any
+
+
+_ABSENT = "__absent__"
+
+
+def patch_model(model: nn.Module) -> PatchReport:
+    """Switch the attention of a loaded model, and of every model inside it, to ``flash_plus``.
+
+    Weights, buffers and hooks stay as they are. Submodels whose attention cannot be switched keep theirs, with the
+    reason in the report. Calling it again changes nothing.
+
+    Args:
+        model: a ``PreTrainedModel``, or any module that contains some.
+
+    Returns:
+        What was switched and what was left, and why; ``print`` it.
+
+    Raises:
+        TypeError: there is no ``PreTrainedModel`` in it.
+        ValueError: nothing in it can be switched (lists every reason); the model is untouched.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_flash_plus import patch_model, unpatch_model
+        >>> model = LlamaForCausalLM(LlamaConfig(
+        ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=99))
+        >>> print(patch_model(model))
+        switched (the model) [LlamaForCausalLM]: sdpa -> flash_plus
+        >>> unpatch_model(model)
+        True
+    """
+    registration.register()
+    if getattr(model, _STATE, None) is not None:
+        report: PatchReport = getattr(model, _STATE)[1]
+        return report
+    models = _models(model)
+    if not models:
+        raise TypeError(f"{type(model).__name__} is and contains no transformers.PreTrainedModel; nothing to patch.")
+    report = PatchReport()
+    changes: list[_Change] = []
+    try:
+        for name, part in models:
+            _switch(name, part, report, changes)
+        if not report.switched and not any(reason == _ALREADY for _, _, reason in report.left):
+            reasons = "\n".join(f"  {name or '(the model)'} [{cls}]: {reason}" for name, cls, reason in report.left)
+            raise ValueError(f"the attention of {type(model).__name__} cannot be switched to {NAME}:\n{reasons}")
+        model.__dict__[_STATE] = (changes, report)
+    except BaseException:
+        _restore(changes)
+        raise
+    return report
+
+
+def unpatch_model(model: nn.Module) -> bool:
+    """Undo :func:`patch_model`: every config, class and attribute is what it was before.
+
+    Returns:
+        True when the model was patched, False when there was nothing to undo.
+    """
+    state = getattr(model, _STATE, None)
+    if state is None:
+        return False
+    _restore(state[0])
+    del model.__dict__[_STATE]
+    return True
+
+
+@contextmanager
+def patched(model: nn.Module) -> Iterator[PatchReport]:
+    """:func:`patch_model` inside a ``with`` block, :func:`unpatch_model` at its end (if it was not patched before)."""
+    before = getattr(model, _STATE, None)
+    report = patch_model(model)
+    try:
+        yield report
+    finally:
+        if before is None:
+            unpatch_model(model)
+
+
+_ALREADY = f"already uses {NAME}"
+
+
+def _models(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
+    """The pretrained models inside a module, one for each config object (a head shares its backbone's)."""
+    found: dict[int, tuple[str, PreTrainedModel]] = {}
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and id(part.config) not in found:
+            found[id(part.config)] = (name, part)
+    return list(found.values())
+
+
+def _set(changes: list[_Change], owner: Any, name: str, value: Any, setter: Callable[..., None] = setattr) -> None:
+    changes.append(_Change(owner, name, getattr(owner, name, _ABSENT)))
+    setter(owner, name, value)
+
+
+def _switch(name: str, part: PreTrainedModel, report: PatchReport, changes: list[_Change]) -> None:
+    config, cls = part.config, type(part).__name__
+    before = config._attn_implementation
+    if before == NAME:
+        report.left.append((name, cls, _ALREADY))
+        return
+    reason = unsupported_reason(part)
+    if reason is None and not _has_attention(part):
+        reason = "it has no attention of its own"
+    if reason is not None:
+        report.left.append((name, cls, reason))
+        return
+    family = class_dict_family(type(part).__module__)
+    if family is not None:
+        ours = class_dict.attention_class(family)
+        base = ours.__mro__[1]
+        eager = base if class_dict.FAMILIES[family].scale is not None else base.__mro__[1]
+        for module in part.modules():
+            if isinstance(module, eager) and type(module) is not ours:
+                _set(changes, module, "__class__", ours)
+    _set(changes, config, "_attn_implementation_internal", NAME)
+    report.switched.append((name, cls, before))
+
+
+def _has_attention(part: PreTrainedModel) -> bool:
+    """Whether a model has modules of its own config besides the pretrained models in it (not a mere container)."""
+    return any(True for _ in part.parameters())
+
+
+def _restore(changes: list[_Change]) -> None:
+    while changes:
+        change = changes.pop()
+        if change.before is _ABSENT:
+            delattr(change.owner, change.name)
+        else:
+            setattr(change.owner, change.name, change.before)

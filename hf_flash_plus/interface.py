@@ -1,0 +1,514 @@
+"""The flash-attn compatible functions: flash-attn 2.8's names, parameters, order, defaults and return values.
+
+Tensors are ``(batch, seqlen, nheads, headdim)``, or ``(total, nheads, headdim)`` for the ``varlen`` functions.
+Source of the interface: ``flash_attn/flash_attn_interface.py`` of flash-attn 2.8; ``s_aux`` (attention sinks) is as
+in flash-attn 3. Beyond flash-attn: fp32 and fp64 inputs, head dims of values that differ from the queries', CPU
+tensors, and masks of any kind through :func:`attention`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, settings
+from .inputs import AttentionInputs, _require, describe, validate
+from .masks import AttentionMask, PackedSequences, varlen_mask
+from .paged import gather_pages, validate_pages
+
+
+def _last_contiguous(x: Any) -> Any:
+    """flash-attn copies a tensor whose last dimension is not contiguous; so do we. Other strides are free."""
+    return x.contiguous() if isinstance(x, Tensor) and x.dim() and x.stride(-1) != 1 else x
+
+
+def _window(window_size: Any) -> tuple[int, int]:
+    try:
+        left, right = (-1 if w is None else int(w) for w in window_size)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"window_size must be a pair of integers (left, right), -1 meaning unlimited, got {window_size!r}."
+        ) from None
+    return left, right
+
+
+def _softmax_scale(q: Any, softmax_scale: float | None) -> float:
+    if softmax_scale is None:
+        return float(q.shape[-1] ** -0.5) if isinstance(q, Tensor) and q.dim() and q.shape[-1] else 1.0
+    return softmax_scale
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    caller: str = "attention",
+) -> Any:
+    """Attention under any :class:`~hf_flash_plus.masks.AttentionMask`; the function the others are made of.
+
+    Args:
+        q: ``(batch, seqlen_q, nheads, headdim)``, fp16, bf16, fp32 or fp64.
+        k: ``(batch, seqlen_k, nheads_k, headdim)``, the dtype and device of ``q``.
+        v: ``(batch, seqlen_k, nheads_k, v_headdim)``.
+        mask: what each row sees.
+        softmax_scale: factor on the scores; None is ``headdim ** -0.5``.
+        softcap: ``softcap * tanh(scores / softcap)``; 0 is off.
+        alibi_slopes: fp32 ``(nheads,)`` or ``(batch, nheads)``.
+        s_aux: attention sinks, ``(nheads,)`` or ``(batch, nheads, seqlen_q)``.
+        dropout_p: probability of dropping an attention weight, in [0, 1).
+        deterministic: only bitwise repeatable gradients.
+        return_lse: also return ``softmax_lse``, fp32 ``(batch, nheads, seqlen_q)``.
+
+    Returns:
+        ``out`` ``(batch, seqlen_q, nheads, v_headdim)``, or ``(out, softmax_lse)``.
+
+    Raises:
+        TypeError, ValueError: malformed arguments.
+        NoProviderError: no provider can serve the call.
+    """
+    inputs = _inputs(
+        q,
+        k,
+        v,
+        mask,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        s_aux=s_aux,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        needs_lse=return_lse,
+    )
+    output = ops.attention(inputs, caller)
+    return (output.out, output.softmax_lse) if return_lse else output.out
+
+
+def _inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    *,
+    softmax_scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    s_aux: Tensor | None,
+    dropout_p: float,
+    deterministic: bool,
+    needs_lse: bool,
+) -> AttentionInputs:
+    """The call as validated data."""
+    inputs = AttentionInputs(
+        _last_contiguous(q),
+        _last_contiguous(k),
+        _last_contiguous(v),
+        _softmax_scale(q, softmax_scale),
+        mask,
+        softcap,
+        alibi_slopes,
+        s_aux,
+        dropout_p,
+        deterministic=bool(deterministic) or settings.deterministic(),
+        needs_lse=needs_lse,
+    )
+    validate(inputs)
+    return inputs
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+) -> Any:
+    """Attention of dense batches (flash-attn 2.8's ``flash_attn_func``).
+
+    With ``causal=True`` the mask is aligned to the bottom right. For seqlen_q = 2 and seqlen_k = 5 it keeps (1)::
+
+        1 1 1 1 0
+        1 1 1 1 1
+
+    and for seqlen_q = 5 and seqlen_k = 2 (rows that see nothing give 0)::
+
+        0 0
+        0 0
+        0 0
+        1 0
+        1 1
+
+    Args:
+        q: ``(batch, seqlen_q, nheads, headdim)``.
+        k: ``(batch, seqlen_k, nheads_k, headdim)``; ``nheads`` must be a multiple of ``nheads_k`` (GQA, MQA).
+        v: ``(batch, seqlen_k, nheads_k, v_headdim)``.
+        dropout_p: probability of dropping an attention weight; pass 0.0 when evaluating.
+        softmax_scale: factor on the scores; None is ``headdim ** -0.5``.
+        causal: hide the future.
+        window_size: ``(left, right)``, -1 unlimited: row i sees keys within
+            ``[i + seqlen_k - seqlen_q - left, i + seqlen_k - seqlen_q + right]``.
+        softcap: ``softcap * tanh(scores / softcap)``; 0 is off.
+        alibi_slopes: fp32 ``(nheads,)`` or ``(batch, nheads)``: adds ``-slope * |i + seqlen_k - seqlen_q - j|``.
+        deterministic: only bitwise repeatable gradients.
+        return_attn_probs: for tests: also return the log-sum-exp and, with dropout, the weights.
+        s_aux: attention sinks ``(nheads,)`` (flash-attn 3): one more logit in each row's softmax.
+
+    Returns:
+        ``out`` ``(batch, seqlen_q, nheads, v_headdim)``; or, with ``return_attn_probs``,
+        ``(out, softmax_lse, S_dmask)``: ``softmax_lse`` fp32 ``(batch, nheads, seqlen_q)``, and ``S_dmask`` the
+        weights after dropout ``(batch, nheads, seqlen_q, seqlen_k)``, dropped ones 0, empty without dropout.
+
+    Raises:
+        TypeError, ValueError: malformed arguments (which one, what came, what is allowed).
+        NoProviderError: no provider can serve the call (all reasons).
+
+    Example:
+        >>> import torch
+        >>> from hf_flash_plus import flash_attn_func
+        >>> q, k, v = torch.randn(3, 2, 8, 4, 16).unbind(0)
+        >>> flash_attn_func(q, k, v, causal=True).shape
+        torch.Size([2, 8, 4, 16])
+    """
+    return _dense_call(
+        "flash_attn_func",
+        q,
+        k,
+        v,
+        AttentionMask(causal=bool(causal), window=_window(window_size)),
+        return_attn_probs,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        s_aux=s_aux,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+
+
+def _dense_call(
+    caller: str, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, return_attn_probs: bool, **options: Any
+) -> Any:
+    if not return_attn_probs:
+        return attention(q, k, v, mask, caller=caller, **options)
+    dropout_p = options["dropout_p"]
+    if dropout_p:
+        # Only the reference forms the weights; kernels that never do cannot return them.
+        with settings.provider_override("reference"):
+            inputs = _inputs(q, k, v, mask, needs_lse=True, **options)
+            output = ops.attention(inputs, caller)
+        return output.out, output.softmax_lse, output.probabilities
+    out, lse = attention(q, k, v, mask, caller=caller, return_lse=True, **options)
+    return out, lse, out.new_empty(0)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+) -> Any:
+    """:func:`flash_attn_func` on ``qkv`` ``(batch, seqlen, 3, nheads, headdim)``; the other arguments are the same."""
+    q, k, v = _unpack("qkv", qkv, 5, 2, 3)
+    return _dense_call(
+        "flash_attn_qkvpacked_func",
+        q,
+        k,
+        v,
+        AttentionMask(causal=bool(causal), window=_window(window_size)),
+        return_attn_probs,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        s_aux=s_aux,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+) -> Any:
+    """:func:`flash_attn_func` on ``kv`` ``(batch, seqlen_k, 2, nheads_k, headdim)``; the other arguments are the same."""
+    k, v = _unpack("kv", kv, 5, 2, 2)
+    return _dense_call(
+        "flash_attn_kvpacked_func",
+        q,
+        k,
+        v,
+        AttentionMask(causal=bool(causal), window=_window(window_size)),
+        return_attn_probs,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        s_aux=s_aux,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+
+
+def _unpack(name: str, packed: Any, dims: int, dim: int, count: int) -> tuple[Tensor, ...]:
+    """The views of a packed tensor along ``dim``."""
+    if not isinstance(packed, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(packed).__name__}.")
+    _require(
+        packed.dim() == dims and packed.shape[dim] == count,
+        f"{name} must have {dims} dimensions with {count} in dimension {dim} "
+        f"({'(batch, seqlen, ' if dims == 5 else '(total, '}{count}, nheads, headdim)), got {describe(packed)}.",
+    )
+    return packed.unbind(dim)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    s_aux: Tensor | None = None,
+) -> Any:
+    """Attention of sequences of different lengths, packed without padding (flash-attn 2.8's function of this name).
+
+    Args:
+        q: ``(total_q, nheads, headdim)``: the sequences one after another.
+        k: ``(total_k, nheads_k, headdim)``; with ``block_table`` ``(num_blocks, page_block_size, nheads_k, headdim)``.
+        v: as ``k``, with its own headdim.
+        cu_seqlens_q, cu_seqlens_k: int32 ``(nseqs + 1,)``, on the device of ``q``: where each sequence begins.
+        max_seqlen_q, max_seqlen_k: the longest lengths (bounds; not read by the Triton kernels).
+        alibi_slopes: fp32 ``(nheads,)``; distances are counted within each sequence. (flash-attn's
+            ``(nseqs, nheads)`` is refused: each packed sequence having slopes of its own is not supported.)
+        block_table: int32 ``(nseqs, max_blocks)``: the pages of each sequence's keys, gathered into a copy.
+        dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs, s_aux:
+            as in :func:`flash_attn_func`, within each sequence.
+
+    Returns:
+        ``out`` ``(total_q, nheads, v_headdim)``; or, with ``return_attn_probs``, ``(out, softmax_lse, S_dmask)``
+        with ``softmax_lse`` fp32 ``(nheads, total_q)``. Rows at or beyond ``cu_seqlens_q[-1]`` give 0.
+
+    Raises:
+        TypeError, ValueError: malformed arguments.
+        NoProviderError: no provider can serve the call.
+    """
+    return _varlen_call(
+        "flash_attn_varlen_func",
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        bool(causal),
+        _window(window_size),
+        return_attn_probs,
+        block_table,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        s_aux=s_aux,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+) -> Any:
+    """:func:`flash_attn_varlen_func` on ``qkv`` ``(total, 3, nheads, headdim)``; the other arguments are the same."""
+    q, k, v = _unpack("qkv", qkv, 4, 1, 3)
+    return _varlen_call(
+        "flash_attn_varlen_qkvpacked_func",
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        bool(causal),
+        _window(window_size),
+        return_attn_probs,
+        None,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        s_aux=s_aux,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+) -> Any:
+    """:func:`flash_attn_varlen_func` on ``kv`` ``(total_k, 2, nheads_k, headdim)``; the other arguments are the same."""
+    k, v = _unpack("kv", kv, 4, 1, 2)
+    return _varlen_call(
+        "flash_attn_varlen_kvpacked_func",
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        bool(causal),
+        _window(window_size),
+        return_attn_probs,
+        None,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        s_aux=s_aux,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+
+
+def _validate_cu_seqlens(name: str, cu: Any, device: torch.device) -> None:
+    if not isinstance(cu, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(cu).__name__}.")
+    _require(
+        cu.dtype == torch.int32 and cu.dim() == 1 and cu.shape[0] >= 1,
+        f"{name} must be torch.int32 of shape (nseqs + 1,), got {describe(cu)}.",
+    )
+    _require(cu.device == device, f"{name} is on {cu.device}, but q is on {device}.")
+
+
+def _varlen_call(
+    caller: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    window: tuple[int, int],
+    return_attn_probs: bool,
+    block_table: Tensor | None,
+    **options: Any,
+) -> Any:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        paged = block_table is not None and name != "q"
+        _require(
+            tensor.dim() == (4 if paged else 3),
+            f"{name} must be "
+            f"{'(num_blocks, page_block_size, nheads_k, headdim)' if paged else '(total, nheads, headdim)'}, "
+            f"got {describe(tensor)}.",
+        )
+    _validate_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
+    _validate_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
+    _require(
+        cu_seqlens_q.shape == cu_seqlens_k.shape,
+        f"cu_seqlens_q and cu_seqlens_k must have one length, got {tuple(cu_seqlens_q.shape)} and "
+        f"{tuple(cu_seqlens_k.shape)}.",
+    )
+    nseqs = cu_seqlens_q.shape[0] - 1
+    slopes = options["alibi_slopes"]
+    if isinstance(slopes, Tensor) and slopes.dim() == 2:
+        _require(
+            slopes.shape[0] == 1,
+            f"alibi_slopes of shape {tuple(slopes.shape)}: slopes that differ between packed sequences are not "
+            "supported; pass one (nheads,) tensor for all, or a padded batch to flash_attn_func.",
+        )
+    packed = None
+    used = None
+    if block_table is not None:
+        validate_pages("k", k, block_table)
+        validate_pages("v", v, block_table)
+        _require(
+            block_table.shape[0] == nseqs,
+            f"block_table has {block_table.shape[0]} rows, but cu_seqlens_q describes {nseqs} sequences.",
+        )
+        k, v = gather_pages(k, block_table), gather_pages(v, block_table)
+        used = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
+        cu_seqlens_k = torch.arange(nseqs + 1, dtype=torch.int32, device=q.device) * k.shape[1]
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+    elif slopes is None:
+        packed = PackedSequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window)
+    mask = varlen_mask(cu_seqlens_q, cu_seqlens_k, q.shape[0], causal=causal, window=window, seqused_k=used)
+    mask = replace(mask, packed=packed, row_positions=None if slopes is None else mask.row_positions)
+    result = _dense_call(caller, q[None], k[None], v[None], mask, return_attn_probs, **options)
+    if not return_attn_probs:
+        return result[0]
+    out, lse, weights = result
+    return out[0], lse[0], weights[0] if weights.dim() == 4 else weights

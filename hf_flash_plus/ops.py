@@ -1,0 +1,253 @@
+"""The operators: one call of attention, whoever computes it, with its gradient.
+
+Providers made of differentiable PyTorch calls run inline: autograd, ``torch.compile``, autocast and functorch see
+through them. Providers with kernels of their own run inside the library op ``hf_flash_plus::attention`` (schema, fake
+implementation, autograd formula), which ``torch.compile(fullgraph=True)`` keeps in its graph. This is the only module
+with autograd code. Who does the backward is decided in forward and recorded in the graph.
+
+The Library API is used on purpose: an op made with the ``custom_op`` decorator costs about 11 us more a call.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .inputs import AttentionInputs
+from .masks import AttentionMask
+from .providers import PROVIDERS, AttentionOutput
+
+logger = logging.getLogger("hf_flash_plus")
+
+_library = torch.library.Library("hf_flash_plus", "DEF")
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? row_intervals, Tensor? key_mask, Tensor? key_holes, "
+    "Tensor? bias, Tensor? row_positions, Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, "
+    "float softmax_scale, bool causal, int window_left, int window_right, float softcap, float dropout_p, "
+    "bool deterministic, str provider"
+)
+# FlagGems and flash-attn style kernels take strides, but a contiguous last dimension must survive compilation.
+_TAGS = (torch.Tag.needs_fixed_stride_order,)
+_library.define(f"attention({_ARGUMENTS}) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define(f"attention_forward({_ARGUMENTS}) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define(
+    "attention_backward(Tensor dout, Tensor out, Tensor softmax_lse, "
+    f"{_ARGUMENTS}, bool bias_grad, bool sinks_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+_N_TENSORS = 11  # query .. dropout_seed in _ARGUMENTS
+
+
+def _to_arguments(inputs: AttentionInputs, provider: str) -> tuple[Any, ...]:
+    mask = inputs.mask
+    return (
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        mask.row_intervals,
+        mask.key_mask,
+        mask.key_holes,
+        mask.bias,
+        mask.row_positions,
+        inputs.alibi_slopes,
+        inputs.sinks,
+        inputs.dropout_seed,
+        float(inputs.softmax_scale),
+        mask.causal,
+        mask.window[0],
+        mask.window[1],
+        float(inputs.softcap),
+        float(inputs.dropout_p),
+        inputs.deterministic,
+        provider,
+    )
+
+
+def _from_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_intervals: Tensor | None,
+    key_mask: Tensor | None,
+    key_holes: Tensor | None,
+    bias: Tensor | None,
+    row_positions: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    deterministic: bool,
+    provider: str,
+) -> tuple[AttentionInputs, str]:
+    mask = AttentionMask(
+        causal, (window_left, window_right), row_intervals, key_mask, key_holes, bias, row_positions
+    )
+    inputs = AttentionInputs(
+        query, key, value, softmax_scale, mask, softcap, alibi_slopes, sinks, dropout_p, dropout_seed, deterministic,
+        needs_lse=True,
+    )  # fmt: skip
+    return inputs, provider
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, provider = _from_arguments(*arguments)
+    output = PROVIDERS[provider].forward(inputs)
+    assert output.softmax_lse is not None
+    return output.out, output.softmax_lse
+
+
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, seqlen_q, nheads, _head_dim = query.shape
+    out = query.new_empty(batch, seqlen_q, nheads, value.shape[-1])
+    return out, query.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
+
+
+def _backward(dout: Tensor, out: Tensor, softmax_lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *call, bias_grad, sinks_grad = arguments
+    inputs, provider = _from_arguments(*call)
+    server = PROVIDERS[PROVIDERS[provider].backward_provider or provider]
+    grads = server.backward(inputs, out, softmax_lse, dout, bias_grad=bias_grad, sinks_grad=sinks_grad)
+    none = dout.new_empty(0)
+    return (
+        grads.dq,
+        grads.dk,
+        grads.dv,
+        none if grads.dbias is None else grads.dbias,
+        dout.new_empty(0) if grads.dsinks is None else grads.dsinks,
+    )
+
+
+def _backward_fake(dout: Tensor, out: Tensor, softmax_lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    query, key, value, bias, sinks = (arguments[i] for i in (0, 1, 2, 6, 9))
+    *_, bias_grad, sinks_grad = arguments
+    return (
+        query.new_empty(query.shape),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+        bias.new_empty(bias.shape) if bias_grad else dout.new_empty(0),
+        sinks.new_empty(sinks.shape, dtype=torch.float32) if sinks_grad else dout.new_empty(0),
+    )
+
+
+for _name, _real, _fake in (
+    ("attention", _forward, _forward_fake),
+    ("attention_forward", _forward, _forward_fake),
+    ("attention_backward", _backward, _backward_fake),
+):
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hf_flash_plus::{_name}", _fake, lib=_library)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out, softmax_lse = output
+    ctx.save_for_backward(*inputs[:_N_TENSORS], out, softmax_lse)
+    ctx.constants = inputs[_N_TENSORS:]
+    ctx.mark_non_differentiable(softmax_lse)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Any, ...]:
+    *tensors, out, softmax_lse = ctx.saved_tensors
+    grads: list[Any] = [None] * (_N_TENSORS + len(ctx.constants))
+    if dout is None:
+        return tuple(grads)
+    bias_grad, sinks_grad = ctx.needs_input_grad[6], ctx.needs_input_grad[9]
+    dq, dk, dv, dbias, dsinks = torch.ops.hf_flash_plus.attention_backward(
+        dout, out, softmax_lse, *tensors, *ctx.constants, bias_grad, sinks_grad
+    )
+    grads[:3] = [dq, dk, dv]
+    if bias_grad:
+        grads[6] = dbias
+    if sinks_grad:
+        grads[9] = dsinks.to(tensors[9].dtype)
+    return tuple(grads)
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "the kernels of hf_flash_plus have no second derivative; for create_graph=True use "
+        "hf_flash_plus.use_provider('torch_sdpa') or 'reference', which autograd differentiates any number of times."
+    )
+
+
+torch.library.register_autograd(
+    "hf_flash_plus::attention", _autograd_backward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("hf_flash_plus::attention_backward", _no_double_backward, lib=_library)
+
+
+def _autocast(inputs: AttentionInputs) -> AttentionInputs:
+    """Under ``torch.autocast``: q, k, v (and a floating bias) in its dtype, as torch casts for its own SDPA."""
+    device_type = inputs.query.device.type
+    if not torch.is_autocast_enabled(device_type) or inputs.query.dtype == torch.float64:
+        return inputs
+    dtype = torch.get_autocast_dtype(device_type)
+    bias = inputs.mask.bias
+    mask = inputs.mask
+    if bias is not None and bias.dtype not in (torch.bool, dtype):
+        mask = replace(mask, bias=bias.to(dtype))
+    return replace(
+        inputs, query=inputs.query.to(dtype), key=inputs.key.to(dtype), value=inputs.value.to(dtype), mask=mask
+    )
+
+
+def _debug(inputs: AttentionInputs, caller: str, provider: str, why: str) -> None:
+    logger.debug(
+        "%s: q %s k %s v %s %s on %s, mask %s, dropout %g -> %s (%s)",
+        caller,
+        tuple(inputs.query.shape),
+        tuple(inputs.key.shape),
+        tuple(inputs.value.shape),
+        str(inputs.query.dtype).removeprefix("torch."),
+        inputs.query.device,
+        inputs.mask.kind,
+        inputs.dropout_p,
+        provider,
+        why,
+    )
+
+
+def attention(inputs: AttentionInputs, caller: str = "attention") -> AttentionOutput:
+    """Compute one validated call with the provider that serves it.
+
+    Args:
+        inputs: the call (see :class:`~hf_flash_plus.inputs.AttentionInputs`), validated.
+        caller: the public function's name, for the DEBUG log.
+
+    Returns:
+        ``out`` ``(batch, seqlen_q, nheads, v_head_dim)``, and ``softmax_lse`` where ``inputs.needs_lse``.
+
+    Raises:
+        NoProviderError: no provider can serve the call; lists all reasons.
+    """
+    inputs = _autocast(inputs)
+    signature = inputs.signature()
+    if torch.compiler.is_compiling():
+        name = dispatch.select_name(tuple(signature))
+        provider = PROVIDERS[name]
+    else:
+        selection = dispatch.select_provider(signature)
+        provider, name = selection.provider, selection.provider.name
+        if logger.isEnabledFor(logging.DEBUG):
+            _debug(inputs, caller, name, selection.why)
+    if provider.differentiable:
+        return provider.forward(inputs)
+    if inputs.dropout_p > 0.0 and inputs.dropout_seed is None:
+        # Drawn by an ordinary random op: obeys torch.manual_seed, gradient checkpointing and CUDA graph capture.
+        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=inputs.query.device)
+        inputs = replace(inputs, dropout_seed=seed)
+    op = torch.ops.hf_flash_plus.attention if signature.needs_grad else torch.ops.hf_flash_plus.attention_forward
+    out, softmax_lse = op(*_to_arguments(inputs, name))
+    return AttentionOutput(out, softmax_lse)

@@ -1,0 +1,134 @@
+"""The provider ``torch_sdpa``: ``torch.nn.functional.scaled_dot_product_attention``, on CUDA and on the CPU.
+
+Plain full and causal calls reach torch's fused kernels by flags alone; every other mask becomes a dense one, exact,
+built once for each mask and remembered with it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..inputs import DTYPES, AttentionInputs, CallSignature
+from ..masks import additive, visible
+from .base import ALL_FEATURES, AttentionOutput, Provider
+from .reference import alibi_bias, row_sinks
+
+_MEMO = "_hf_flash_plus_visible"
+
+
+class TorchSdpaProvider(Provider):
+    name = "torch_sdpa"
+    summary = "torch's scaled_dot_product_attention (its fused kernels where the mask allows)"
+    differentiable = True
+    dtypes = frozenset(DTYPES)
+    max_head_dim = 2**31
+    features = ALL_FEATURES - {"softcap", "lse"}
+
+    def version(self) -> str | None:
+        return torch.__version__
+
+    def extra_reasons(self, signature: CallSignature) -> list[str]:
+        if signature.device_type == "meta":
+            return ["serves real tensors, these are on the meta device"]
+        return []
+
+    def forward(self, inputs: AttentionInputs) -> AttentionOutput:
+        q, k, v = (t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
+        is_causal = _flags_suffice(inputs)
+        mask = None if is_causal else _dense(inputs)
+        if inputs.sinks is not None:
+            k, v, mask = _append_sink(inputs, k, v, mask, is_causal)
+            is_causal = False
+        grouped = inputs.nheads != inputs.nheads_k
+        if grouped and not _gqa_is_fused(q, mask):
+            groups = inputs.nheads // inputs.nheads_k
+            if inputs.seqlen_q == 1 and (mask is None or mask.shape[1] == 1):
+                # One token: the query heads of a group become rows, and K and V need no copy.
+                packed = q.reshape(inputs.batch, inputs.nheads_k, groups, inputs.head_dim)
+                out = F.scaled_dot_product_attention(
+                    packed, k, v, attn_mask=mask, dropout_p=inputs.dropout_p, scale=inputs.softmax_scale
+                )
+                return AttentionOutput(out.reshape(inputs.batch, 1, inputs.nheads, inputs.v_head_dim))
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+            grouped = False
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=inputs.dropout_p,
+            is_causal=is_causal,
+            scale=inputs.softmax_scale,
+            enable_gqa=grouped,
+        )
+        return AttentionOutput(out.transpose(1, 2))
+
+
+def _flags_suffice(inputs: AttentionInputs) -> bool:
+    """Whether SDPA's own ``is_causal`` says all of the mask (it is aligned to the top left, ours to the bottom right)."""
+    mask = inputs.mask
+    return (
+        mask.causal
+        and inputs.seqlen_q == inputs.seqlen_k
+        and not mask.windowed
+        and mask.row_intervals is None
+        and mask.key_mask is None
+        and mask.bias is None
+        and inputs.alibi_slopes is None
+    )
+
+
+def _gqa_is_fused(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether SDPA's ``enable_gqa`` avoids copying K and V: on CUDA only for the flash kernels (no mask)."""
+    return q.device.type == "cuda" and mask is None and q.dtype != torch.float32 and q.shape[-1] <= 256
+
+
+def _dense(inputs: AttentionInputs) -> Tensor | None:
+    """The mask and every additive term as one dense mask for SDPA; None where nothing is masked."""
+    seen = _remembered_visible(inputs)
+    bias = additive(inputs.mask)
+    if inputs.alibi_slopes is not None:
+        alibi = alibi_bias(inputs)
+        bias = alibi if bias is None else alibi + bias
+    if bias is None:
+        return seen
+    if seen is not None:
+        bias = bias.masked_fill(~seen, float("-inf"))
+    # SDPA wants the query's dtype and does not broadcast a bias over the rows on every backend.
+    return bias.to(inputs.query.dtype).expand(-1, -1, inputs.seqlen_q, -1)
+
+
+def _remembered_visible(inputs: AttentionInputs) -> Tensor | None:
+    """``visible(mask)``, kept on the mask so that the layers of a model share one: the same object reaches them all."""
+    mask = inputs.mask
+    if mask.causal and inputs.seqlen_q == 1 and mask.kind == "causal":
+        return None  # the last row of a bottom-right causal mask sees every key
+    if torch.compiler.is_compiling():
+        return visible(mask, inputs.seqlen_q, inputs.seqlen_k, inputs.query.device)
+    key = (inputs.seqlen_q, inputs.seqlen_k)
+    memo = mask.__dict__.get(_MEMO)
+    if memo is None or memo[0] != key:
+        memo = (key, visible(mask, *key, inputs.query.device))
+        object.__setattr__(mask, _MEMO, memo)
+    return memo[1]
+
+
+def _append_sink(
+    inputs: AttentionInputs, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention sinks as one more key, all zeros, whose only score is the sink: exact, with its gradient."""
+    assert inputs.sinks is not None
+    batch, nheads, seqlen_q = inputs.batch, inputs.nheads, inputs.seqlen_q
+    k = F.pad(k, (0, 0, 0, 1))
+    v = F.pad(v, (0, 0, 0, 1))
+    if is_causal:
+        mask = visible(inputs.mask, seqlen_q, inputs.seqlen_k, k.device)
+    dtype = inputs.query.dtype
+    if mask is None:
+        mask = torch.zeros((), dtype=dtype, device=k.device).expand(1, 1, seqlen_q, inputs.seqlen_k)
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros((), dtype=dtype, device=k.device).masked_fill(~mask, float("-inf"))
+    sink = row_sinks(inputs.sinks).to(dtype).expand(batch, nheads, seqlen_q, 1)
+    return k, v, torch.cat((mask.expand(batch, nheads, seqlen_q, -1), sink), dim=-1)

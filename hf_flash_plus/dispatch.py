@@ -94,9 +94,7 @@ def describe_signature(signature: CallSignature) -> str:
         features.append(f"{signature.bias} bias" + (" with gradient" if signature.bias_grad else ""))
     if signature.sinks != "none":
         features.append("sinks")
-    dims = str(signature.head_dim) + (
-        f"/{signature.v_head_dim}" if signature.v_head_dim != signature.head_dim else ""
-    )
+    dims = str(signature.head_dim) + (f"/{signature.v_head_dim}" if signature.v_head_dim != signature.head_dim else "")
     return (
         f"{signature.device_type} {str(signature.dtype).removeprefix('torch.')} head_dim {dims} "
         f"heads {signature.nheads}/{signature.nheads_k} [{', '.join(features) or 'full'}]"
@@ -128,7 +126,7 @@ def _select(signature: CallSignature, flaggems_path: bool, forced: str | None) -
         return Selection(provider, "forced", False, ())
     rejected: list[tuple[str, tuple[str, ...]]] = []
     for provider in path_providers(flaggems_path):
-        reasons = provider.not_supported_reasons(signature)
+        reasons = provider.auto_reasons(signature) or provider.not_supported_reasons(signature)
         if not reasons:
             fallback = provider.name not in _OWN[flaggems_path]
             path = f"{settings.USE_FLAGGEMS}={str(flaggems_path).upper()}"
@@ -158,11 +156,13 @@ def _report_fallback(selection: Selection, signature: CallSignature) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One row of :func:`explain`: a provider, whether it would serve, whether it is the one chosen, and why not."""
+    """One row of :func:`explain`: a provider, whether it is the one chosen, why it cannot serve (``reasons``), and
+    why automatic selection passes over it although it could (``steps_aside``)."""
 
     provider: str
     chosen: bool
     reasons: tuple[str, ...]
+    steps_aside: tuple[str, ...] = ()
 
 
 def explain_signature(signature: CallSignature) -> list[Verdict]:
@@ -173,8 +173,15 @@ def explain_signature(signature: CallSignature) -> list[Verdict]:
         chosen = None
     order = [p.name for p in path_providers(settings.use_flaggems())]
     names = order + [name for name in PROVIDERS if name not in order]
+    automatic = settings.forced_provider() is None
     return [
-        Verdict(name, name == chosen, tuple(PROVIDERS[name].not_supported_reasons(signature))) for name in names
+        Verdict(
+            name,
+            name == chosen,
+            tuple(PROVIDERS[name].not_supported_reasons(signature)),
+            tuple(PROVIDERS[name].auto_reasons(signature)) if automatic else (),
+        )
+        for name in names
     ]
 
 

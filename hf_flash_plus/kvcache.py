@@ -66,7 +66,9 @@ def flash_attn_with_kvcache(
         TypeError, ValueError: malformed arguments.
         NoProviderError: no provider can serve the call.
     """
-    _validate(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table, num_splits)
+    _validate(
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table, num_splits
+    )
     window = _window(window_size)
     batch, seqlen_q = q.shape[0], q.shape[1]
     slots = (

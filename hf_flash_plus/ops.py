@@ -91,9 +91,7 @@ def _from_arguments(
     deterministic: bool,
     provider: str,
 ) -> tuple[AttentionInputs, str]:
-    mask = AttentionMask(
-        causal, (window_left, window_right), row_intervals, key_mask, key_holes, bias, row_positions
-    )
+    mask = AttentionMask(causal, (window_left, window_right), row_intervals, key_mask, key_holes, bias, row_positions)
     inputs = AttentionInputs(
         query, key, value, softmax_scale, mask, softcap, alibi_slopes, sinks, dropout_p, dropout_seed, deterministic,
         needs_lse=True,

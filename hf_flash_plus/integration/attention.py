@@ -24,6 +24,7 @@ from . import carrier, continuous
 
 NAME = "flash_plus"
 _MEMO = "_hf_flash_plus_memo"
+_PACKED = "_hf_flash_plus_packed"
 
 
 def flash_plus_attention(
@@ -147,7 +148,7 @@ def _understand(
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if carrier.is_carrier(attention_mask):
         carried = carrier.decode(attention_mask, seqlen_q, seqlen_k)
-        return _split_documents(carried.mask, query, key, kwargs) if carried.plain_causal else carried.mask
+        return _split_documents(carried, query, key, kwargs) if carried.one_document else carried.mask
     if attention_mask.dim() == 4 and (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
         bias = attention_mask[..., :seqlen_k]
         if bias.dtype == torch.bool and seqlen_q == 1 and bias.shape[1] == 1 and bias.shape[2] == 1:
@@ -173,14 +174,16 @@ def _padding(attention_mask: Tensor, flags: AttentionMask, seqlen_q: int, seqlen
     return with_intervals(mask, seqlen_q, seqlen_k, attention_mask.device)
 
 
-def _split_documents(mask: AttentionMask, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> AttentionMask:
+def _split_documents(carried: carrier.Carried, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> AttentionMask:
     """Keep packed documents apart where the mask function could not.
 
     Transformers looks for packed ``position_ids`` only without a cache object; with one (``use_cache=True``, the
-    default) its eager attention lets the documents of a row see each other. The output of a model must not depend on
-    whether it also returns a cache, so the result without a cache is taken as the truth here. ``cu_seq_lens_q`` says
-    the same in flattened batches.
+    default), and in models that do not hand them to the mask function (gpt_oss), its eager attention lets the
+    documents of a row see each other. Nobody who packs documents wants that, Transformers' own flash path does not do
+    it, and the output of a model must not depend on whether it also returns a cache. So the reference here is each
+    document alone. ``cu_seq_lens_q`` says the same in flattened batches.
     """
+    mask = carried.mask
     if kwargs.get("cu_seq_lens_q") is not None:
         return _packed(mask, query, key, kwargs)
     position_ids = kwargs.get("position_ids")
@@ -191,30 +194,33 @@ def _split_documents(mask: AttentionMask, query: Tensor, key: Tensor, kwargs: di
         or position_ids.shape[0] not in (1, query.shape[0])
     ):
         return mask
-    intervals = _document_intervals(position_ids)
-    if intervals is None:
-        return mask
-    device = query.device
-    mask = with_intervals(mask, query.shape[2], key.shape[2], device)
-    assert mask.row_intervals is not None
-    return replace(mask, row_intervals=intersect_intervals(mask.row_intervals, intervals.to(device)), packed=None)
+    if torch.compiler.is_compiling() or carried.repack is None:
+        # Compiled code never looks at values: it keeps the intervals, which say nothing new for a single document.
+        mask = with_intervals(mask, query.shape[2], key.shape[2], query.device)
+        assert mask.row_intervals is not None
+        documents = document_intervals(position_ids).to(query.device)
+        return replace(mask, row_intervals=intersect_intervals(mask.row_intervals, documents))
+    repacked = _repacked(carried, position_ids)
+    return mask if repacked is None else repacked
 
 
-def _document_intervals(position_ids: Tensor) -> Tensor | None:
-    """The documents of a row; None where each row is one document.
+def _repacked(carried: carrier.Carried, position_ids: Tensor) -> AttentionMask | None:
+    """The mask of packed documents; None where each row is one document.
 
-    In eager mode the question is asked once per forward (every layer gets the same tensor), with one look at the
-    device, as Transformers itself does without a cache. Compiled code never looks, and keeps the intervals.
+    Asked once per forward and mask (every layer gets the same tensors), with one look at the device, as Transformers
+    itself looks without a cache.
     """
-    if torch.compiler.is_compiling():
-        return document_intervals(position_ids)
-    memo = getattr(position_ids, _MEMO, None)
-    if memo is None:
-        steps = position_ids[:, 1:] - position_ids[:, :-1]
-        packed = bool((steps != 1).any())
-        memo = (document_intervals(position_ids) if packed else None,)
-        setattr(position_ids, _MEMO, memo)
-    result: Tensor | None = memo[0]
+    memo: dict[int, tuple[carrier.Carried, AttentionMask | None]] = getattr(position_ids, _MEMO, None) or {}
+    found = memo.get(id(carried))
+    if found is not None and found[0] is carried:
+        return found[1]
+    packed: bool | None = getattr(position_ids, _PACKED, None)
+    if packed is None:
+        packed = bool((position_ids[:, 1:] - position_ids[:, :-1] != 1).any())
+        setattr(position_ids, _PACKED, packed)
+    assert carried.repack is not None
+    result = carried.repack(position_ids) if packed else None
+    setattr(position_ids, _MEMO, {**memo, id(carried): (carried, result)})
     return result
 
 

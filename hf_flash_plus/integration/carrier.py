@@ -15,13 +15,14 @@ and keeps flags (plain causal, full, window) that are faster than intervals; whe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..masks import AttentionMask
+from ..masks import AttentionMask, intersect_intervals, window_intervals, with_intervals
 
 _ATTRIBUTE = "_hf_flash_plus_mask"
 _WORD = 16
@@ -33,12 +34,14 @@ class Carried:
 
     Attributes:
         mask: the decoded mask.
-        plain_causal: the mask is nothing but causal (perhaps windowed) over keys that start with the first query
-            of an empty cache: documents packed in the row may still have to be told apart (see ``attention.py``).
+        one_document: the mask takes each row for one document (it is causal, perhaps windowed or chunked, over the
+            keys of an empty cache); packed documents may still have to be told apart (see ``attention.py``).
+        repack: makes the same mask for packed ``position_ids``; None where only an intersection is left to do.
     """
 
     mask: AttentionMask
-    plain_causal: bool
+    one_document: bool = False
+    repack: Callable[[Tensor], AttentionMask] | None = None
 
 
 def _columns(seqlen_q: int, seqlen_k: int) -> int:
@@ -101,23 +104,24 @@ def decode(carrier: Tensor, seqlen_q: int, seqlen_k: int) -> Carried:
                     "use attn_implementation='sdpa' or 'eager' for it and report the model."
                 )
             return carried
-    columns = carrier.shape[-1]
-    expected = 3 + _columns(seqlen_q, seqlen_k)
-    if carrier.shape[1] != 1 or carrier.shape[2] != seqlen_q or columns not in (2, expected):
+    # One row stands for all, as a dense mask of one row does (models that make a mask from a single embedding).
+    n_rows, columns = carrier.shape[2], carrier.shape[-1]
+    expected = 3 + _columns(n_rows, seqlen_k)
+    if carrier.shape[1] != 1 or n_rows not in (1, seqlen_q) or columns not in (2, expected):
         raise ValueError(
             f"the attention mask made for attn_implementation='flash_plus' has shape {tuple(carrier.shape)}, which "
             f"does not describe {seqlen_q} queries and {seqlen_k} keys: the model reshaped it on the way; use "
             "attn_implementation='sdpa' or 'eager' for it and report the model."
         )
     rows = carrier[:, 0]
-    intervals = rows[..., :2]
+    intervals = rows[..., :2].expand(-1, seqlen_q, -1)
     if columns == 2:
-        return Carried(AttentionMask(row_intervals=intervals), plain_causal=True)
+        return Carried(AttentionMask(row_intervals=intervals), one_document=n_rows == seqlen_q == seqlen_k > 1)
     shifts = torch.arange(_WORD, dtype=torch.int32, device=carrier.device)
     bits = (rows[..., 3:, None] >> shifts) & 1
     key_mask = bits.flatten(1)[:, :seqlen_k].bool()
     mask = AttentionMask(row_intervals=intervals, key_mask=key_mask, key_holes=rows[:, 0, 2].contiguous())
-    return Carried(mask, plain_causal=False)
+    return Carried(mask)
 
 
 def restricted(
@@ -130,10 +134,6 @@ def restricted(
         causal: rows see no key after their diagonal ``i + seqlen_k - seqlen_q``.
         window: rows see at most this many keys, the last they may see included; None is unlimited.
     """
-    from dataclasses import replace
-
-    from ..masks import intersect_intervals, window_intervals, with_intervals
-
     if not causal and not window:
         return original
     mask = carried.mask
@@ -155,4 +155,4 @@ def restricted(
         local = window_intervals(AttentionMask(causal=True, window=(window - 1, -1)), diagonal)
         intervals = intersect_intervals(intervals, local)
     mask = replace(mask, row_intervals=intervals)
-    return encode(intervals, mask.key_mask, mask.key_holes, Carried(mask, plain_causal=False))
+    return encode(intervals, mask.key_mask, mask.key_holes, Carried(mask))

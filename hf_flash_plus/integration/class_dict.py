@@ -119,7 +119,9 @@ def _make_class(family_name: str, modeling: types.ModuleType) -> type:
             original.__code__, scope, original.__name__, original.__defaults__, original.__closure__
         )
         forward.__kwdefaults__ = original.__kwdefaults__
-        return type(name, (base,), {"forward": forward, "__module__": __name__, "_flash_attn_uses_top_left_mask": False})
+        return type(
+            name, (base,), {"forward": forward, "__module__": __name__, "_flash_attn_uses_top_left_mask": False}
+        )
 
     def _attn(
         self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *_: Any

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers import masking_utils
 
 from ..masks import CAUSAL, FULL, TO_LAST_KEY, AttentionMask, intersect_intervals, key_mask_intervals, run_bounds
 from . import carrier
-from .models import wants_dense_mask
+from .models import dense_mask_kind
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Rows:
 
     index: Tensor  # (1, seqlen_q)
     position: Tensor  # (batch or 1, seqlen_q)
+    padding: Tensor | None = None  # bool (batch, length): the real keys, by absolute index
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,12 @@ def _spans(function: Callable[..., Any], rows: Rows) -> Spans | None:
         first = first + (rows.index - rows.position)
         return Spans(first, first + size)
     if kind == "packed_sequence_mask_function":
-        return _runs(cells["packed_sequence_mask"], rows)
+        first, end = run_bounds(_begins(cells["packed_sequence_mask"]))
+        return Spans(first[:, rows.index[0]], end[:, rows.index[0]])
     if kind == "remap_positions_for_packed_sequence":
         # Inside a document positions go up by one, so distances in positions are distances in indices.
         positions = cells["position_ids"][:, rows.index[0]]
-        return _spans(cells["mask_function"], Rows(rows.index, positions))
+        return _spans(cells["mask_function"], Rows(rows.index, positions, rows.padding))
     if kind == "and_masks":
         result = Spans()
         for part in cells["mask_functions"]:
@@ -116,13 +118,6 @@ def _spans(function: Callable[..., Any], rows: Rows) -> Spans | None:
     if kind == "or_masks":
         return _union(cells["mask_functions"], rows)
     return None
-
-
-def _runs(ids: Tensor, rows: Rows) -> Spans:
-    """The run of equal, neighbouring ids that each row stands in."""
-    begins = _begins(ids)
-    first, end = run_bounds(begins)
-    return Spans(first[:, rows.index[0]], end[:, rows.index[0]])
 
 
 def _begins(ids: Tensor) -> Tensor:
@@ -143,22 +138,44 @@ def _union(functions: tuple[Callable[..., Any], ...], rows: Rows) -> Spans | Non
     if base is None or not _contains_diagonal(others[0]):
         return None
     ids = _closure(blocks[0])["block_sequence_ids"]
-    runs = _runs(ids, rows)
-    assert runs.start is not None and runs.end is not None
-    # A block is one run of neighbours in every model; an id that comes back later would need more than an interval.
-    # The assertion runs on the device: ids sorted by value must not change run without changing value.
-    run = torch.where(ids >= 0, _begins(ids).cumsum(-1), 0)
-    order = torch.where(ids >= 0, ids, -1).sort(dim=-1, stable=True)
-    run = run.gather(-1, order.indices)
-    same_id = order.values[:, 1:] == order.values[:, :-1]
+    begins = _block_begins(ids, rows.padding)
+    _assert_contiguous(ids, begins, rows.padding)
+    block_start, block_end = (bound[:, rows.index[0]] for bound in run_bounds(begins))
+    in_block = ids[:, rows.index[0]] >= 0
+    start = None if base.start is None else torch.where(in_block, torch.minimum(base.start, block_start), base.start)
+    end = None if base.end is None else torch.where(in_block, torch.maximum(base.end, block_end), base.end)
+    return Spans(start, end)
+
+
+def _block_begins(ids: Tensor, padding: Tensor | None) -> Tensor:
+    """True where a block begins among the real tokens: padding neither begins nor interrupts one."""
+    if padding is None:
+        return _begins(ids)
+    real = _fit(padding, ids.shape[-1])
+    index = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+    last_real = torch.where(real, index, -1).cummax(dim=-1).values
+    previous = torch.cat((torch.full_like(last_real[:, :1], -1), last_real[:, :-1]), dim=-1)
+    changed = (previous < 0) | (ids != ids.gather(-1, previous.clamp(min=0)))
+    return (real & changed) | (index == 0)
+
+
+def _fit(padding: Tensor, length: int) -> Tensor:
+    """A padding mask cut or extended (by padding) to a length."""
+    return torch.nn.functional.pad(padding.bool(), (0, max(0, length - padding.shape[-1])))[:, :length]
+
+
+def _assert_contiguous(ids: Tensor, begins: Tensor, padding: Tensor | None) -> None:
+    """Check on the device that no block comes back after another: one interval could not say so."""
+    counted = ids >= 0 if padding is None else (ids >= 0) & _fit(padding, ids.shape[-1])
+    order = torch.where(counted, ids, -1).sort(dim=-1, stable=True)
+    run = begins.cumsum(-1).gather(-1, order.indices)
+    comes_back = (
+        (order.values[:, 1:] >= 0) & (order.values[:, 1:] == order.values[:, :-1]) & (run[:, 1:] != run[:, :-1])
+    )
     torch._assert_async(
-        (~same_id | (run[:, 1:] == run[:, :-1])).all(),
+        ~comes_back.any(),
         "flash_plus: a block of block_sequence_ids is not contiguous; use attn_implementation='sdpa' or 'eager'",
     )
-    in_block = ids[:, rows.index[0]] >= 0
-    start = None if base.start is None else torch.where(in_block, torch.minimum(base.start, runs.start), base.start)
-    end = None if base.end is None else torch.where(in_block, torch.maximum(base.end, runs.end), base.end)
-    return Spans(start, end)
 
 
 def _contains_diagonal(function: Callable[..., Any]) -> bool:
@@ -204,7 +221,7 @@ def _one_token(device: torch.device) -> Tensor:
     if found is None or getattr(found, "_version", 0) != 0:
         with torch.inference_mode(False):
             intervals = torch.tensor([[[0, TO_LAST_KEY]]], dtype=torch.int32, device=device)
-            found = carrier.encode(intervals, None, None, carrier.Carried(CAUSAL, plain_causal=False))
+            found = carrier.encode(intervals, None, None, carrier.Carried(CAUSAL))
         _one_token_carriers[device] = found
     return found
 
@@ -250,7 +267,11 @@ def flash_plus_mask(
         **kwargs,
     )
     compiling = torch.compiler.is_compiling()
-    if wants_dense_mask(config) or not carrier.fits(q_length, kv_length, attention_mask is not None):
+    dense_kind = dense_mask_kind(config)
+    if dense_kind == "additive":
+        additive: Tensor = masking_utils.eager_mask(**arguments)
+        return additive
+    if dense_kind is not None or not carrier.fits(q_length, kv_length, attention_mask is not None):
         return _dense(arguments)
     # Dynamo can compare functions but not read their closures: only the two plain kinds are recognised there.
     plain = mask_function in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
@@ -263,24 +284,56 @@ def flash_plus_mask(
         return _one_token(device)
 
     index = torch.arange(q_length, device=device)[None] + q_offset
-    spans = _spans(mask_function, Rows(index, index))
+    spans = _spans(mask_function, Rows(index, index, attention_mask))
     if spans is None:
         return _dense(arguments)
-    start = torch.zeros_like(index) if spans.start is None else spans.start - kv_offset
-    end = torch.full_like(index, kv_length) if spans.end is None else spans.end - kv_offset
-    start, end = torch.broadcast_tensors(start, end)
-    intervals = torch.stack((start.clamp(min=0), end.clamp(max=kv_length)), dim=-1).to(torch.int32)
-
-    plain_causal = attention_mask is None and q_length == kv_length and q_length > 1 and flags is not None
+    intervals = _intervals(spans, index, kv_length, kv_offset)
     if attention_mask is None:
         mask = flags if flags is not None else AttentionMask(row_intervals=intervals)
-        return carrier.encode(intervals, None, None, carrier.Carried(mask, plain_causal and flags.causal))
+        one_document = aligned and q_length == kv_length > 1 and _one_document(mask_function)
+        repack = partial(_repacked, mask_function) if one_document and not compiling else None
+        return carrier.encode(intervals, None, None, carrier.Carried(mask, one_document, repack))
     key_mask = _local_padding(attention_mask, kv_length, kv_offset)
     first, last, holes = key_mask_intervals(key_mask)
     padding = torch.stack((first, last), dim=-1)[:, None, :]
     intervals = intersect_intervals(intervals, padding)
     mask = AttentionMask(row_intervals=intervals, key_mask=key_mask, key_holes=holes)
-    return carrier.encode(intervals, key_mask, holes, carrier.Carried(mask, plain_causal=False))
+    return carrier.encode(intervals, key_mask, holes, carrier.Carried(mask))
+
+
+def _intervals(spans: Spans, index: Tensor, kv_length: int, kv_offset: int | Tensor) -> Tensor:
+    """Spans of absolute keys as row intervals of the call's own keys."""
+    start = torch.zeros_like(index) if spans.start is None else spans.start - kv_offset
+    end = torch.full_like(index, kv_length) if spans.end is None else spans.end - kv_offset
+    start, end = torch.broadcast_tensors(start, end)
+    return torch.stack((start.clamp(min=0), end.clamp(max=kv_length)), dim=-1).to(torch.int32)
+
+
+def _one_document(function: Callable[..., Any]) -> bool:
+    """Whether a mask function is causal and takes the whole row for one document."""
+    kind = _kind(function)
+    if kind == "and_masks":
+        parts = _closure(function)["mask_functions"]
+        return any(_one_document(part) for part in parts) and all(
+            _kind(part) in ("causal", "sliding_window_overlay", "chunked_overlay") or _one_document(part)
+            for part in parts
+        )
+    return kind == "causal"
+
+
+def _repacked(function: Callable[..., Any], position_ids: Tensor) -> AttentionMask:
+    """The mask that Transformers makes of the same function when it finds packed ``position_ids``."""
+    steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
+    documents = (steps != 1).cumsum(-1)
+    if hasattr(masking_utils, "packed_sequence_compatibility_function"):
+        packed = masking_utils.packed_sequence_compatibility_function(function, position_ids, documents)
+    else:  # Transformers 5.17
+        packed = masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(documents))
+    length = position_ids.shape[-1]
+    index = torch.arange(length, device=position_ids.device)[None]
+    spans = _spans(packed, Rows(index, index))
+    assert spans is not None
+    return AttentionMask(row_intervals=_intervals(spans, index, length, 0))
 
 
 def _local_padding(attention_mask: Tensor, kv_length: int, kv_offset: int | Tensor) -> Tensor:

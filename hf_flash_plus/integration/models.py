@@ -19,12 +19,16 @@ DENSE_MASK_MODELS: dict[str, str] = {
     "parakeet": "combines the mask with its relative position bias",
     "t5gemma2": "concatenates the masks of self and cross attention",
     "deepseek_v32": "its indexer scores keys under the mask",
-    "deepseek_v4": "inverts the mask",
     "glm_moe_dsa": "its indexer scores keys under the mask",
     "axk2": "its indexer scores keys under the mask",
     "hy_v4": "its indexer scores keys under the mask",
     "mistral_large4": "its indexer scores keys under the mask",
     "dots3_note": "its indexer scores keys under the mask",
+}
+
+#: Families that extend the mask by additive biases of their own: they get a dense additive one, as eager does.
+ADDITIVE_MASK_MODELS: dict[str, str] = {
+    "deepseek_v4": "appends the bias of its compressed keys to the mask",
 }
 
 #: Modeling modules that choose their attention class from a dictionary when a layer is built, and call
@@ -37,12 +41,15 @@ CLASS_DICT_MODULES: dict[str, str] = {
 }
 
 
-def wants_dense_mask(config: Any) -> bool:
-    """Whether the model of this config reads its masks, so that they must be dense."""
+def dense_mask_kind(config: Any) -> str | None:
+    """``"bool"`` or ``"additive"`` where the model of this config reads its masks, so that they must be dense."""
     model_type = getattr(config, "model_type", None)
-    return isinstance(model_type, str) and any(
-        model_type == name or model_type.startswith(name + "_") for name in DENSE_MASK_MODELS
-    )
+    if not isinstance(model_type, str):
+        return None
+    for kind, families in (("bool", DENSE_MASK_MODELS), ("additive", ADDITIVE_MASK_MODELS)):
+        if any(model_type == name or model_type.startswith(name + "_") for name in families):
+            return kind
+    return None
 
 
 def class_dict_family(module_name: str) -> str | None:

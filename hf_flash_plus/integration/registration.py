@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers.modeling_flash_attention_utils as flash_utils
+from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
@@ -47,6 +48,8 @@ def register() -> None:
     # The first serves __init__, from_pretrained and set_attn_implementation of a model, the second its submodels.
     _wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _check)
     _wrap(PreTrainedModel, "get_correct_attn_implementation", _check)
+    # Its one use in masking_utils refuses chunked attention (Llama 4) to every name that holds "flash".
+    _wrap(masking_utils, "is_flash_attention_requested", _not_ours)
 
 
 def unregister() -> None:
@@ -64,7 +67,7 @@ def _set_entry(mapping: dict[str, Any], name: str, function: Callable[..., Any])
 
 def _wrap(owner: Any, attribute: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     original = vars(owner)[attribute]
-    setattr(owner, attribute, functools.wraps(original)(make(original)))
+    setattr(owner, attribute, functools.update_wrapper(make(original), original))
     _undo.append(lambda: setattr(owner, attribute, original))
 
 
@@ -85,6 +88,17 @@ def _lazy_imports(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(implementation, *args, **kwargs)
 
     return _lazy_imports
+
+
+def _not_ours(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Answer False for our name: ``flash_plus`` has none of the limits that the question guards against."""
+
+    def is_flash_attention_requested(config: Any = None, *args: Any, **kwargs: Any) -> bool:
+        if config is not None and config._attn_implementation in (NAME, PAGED_NAME):
+            return False
+        return bool(original(config, *args, **kwargs))
+
+    return is_flash_attention_requested
 
 
 def _check(original: Callable[..., Any]) -> Callable[..., Any]:

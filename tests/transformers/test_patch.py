@@ -1,0 +1,174 @@
+"""``patch_model`` switches loaded models and gives them back exactly as they were."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import hf_flash_plus
+from hf_flash_plus import patch_model, patched, unpatch_model
+from hf_flash_plus.integration import patch
+
+from .test_registration import _llava
+from .tiny import MODELS, VOCAB, assert_close, build, build_from, ids, padding
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """All that patching could touch: classes, attributes, configs."""
+    result: dict[str, object] = {}
+    for name, module in model.named_modules():
+        result[f"{name}.class"] = type(module)
+        result[f"{name}.attributes"] = {
+            k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers", "_modules", "config")
+        }
+        if hasattr(module, "config"):
+            result[f"{name}.config"] = {k: repr(v) for k, v in module.config.__dict__.items()}
+    return result
+
+
+def forward(model, name: str):
+    batch = dict(input_ids=ids(), attention_mask=padding("left"))
+    if MODELS[name].encoder_decoder:
+        batch["decoder_input_ids"] = ids(length=7, seed=1)
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("before", ("eager", "sdpa"))
+def test_round_trip(name: str, before: str) -> None:
+    if before == "sdpa" and not getattr(tf, MODELS[name].cls)._supports_sdpa:
+        pytest.skip("the model has no sdpa")
+    model = build(name, before)
+    state, before_patch = snapshot(model), forward(model, name)
+    expected = forward(build(name), name)
+    valid = None if MODELS[name].encoder_decoder else padding("left")
+    report = patch_model(model)
+    assert report.switched and model.config._attn_implementation == "flash_plus"
+    assert_close(forward(model, name), expected, valid)
+    assert snapshot(model) != state
+    assert patch_model(model) is report, "idempotent"
+    assert unpatch_model(model) is True
+    assert snapshot(model) == state, "reversible to the bit"
+    assert torch.equal(forward(model, name), before_patch)
+    assert unpatch_model(model) is False
+
+
+def test_patched_serves_through_our_op(monkeypatch) -> None:
+    from hf_flash_plus import ops
+
+    calls = []
+    original = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *a: calls.append(1) or original(*a))
+    model = build("bert")
+    forward(model, "bert")
+    assert not calls
+    with patched(model):
+        forward(model, "bert")
+    assert len(calls) == 2
+    forward(model, "bert")
+    assert len(calls) == 2
+
+
+def test_context_manager_keeps_an_earlier_patch() -> None:
+    model = build("llama")
+    patch_model(model)
+    with patched(model):
+        pass
+    assert model.config._attn_implementation == "flash_plus"
+    unpatch_model(model)
+    with pytest.raises(RuntimeError, match="inside"), patched(model):
+        raise RuntimeError("inside")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_composites_are_switched_whole() -> None:
+    model = build_from(tf.LlavaForConditionalGeneration, _llava())
+    state = snapshot(model)
+    report = patch_model(model)
+    assert {cls for _, cls, _ in report.switched} >= {"LlavaForConditionalGeneration", "LlamaModel"}
+    assert model.config.text_config._attn_implementation == "flash_plus"
+    assert model.config.vision_config._attn_implementation == "flash_plus"
+    unpatch_model(model)
+    assert snapshot(model) == state
+
+
+def test_a_module_that_contains_models() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = build("bert"), build("llama")
+
+    pair = Pair()
+    report = patch_model(pair)
+    assert [name for name, _, _ in report.switched] == ["a", "b"]
+    unpatch_model(pair)
+    assert pair.a.config._attn_implementation == pair.b.config._attn_implementation == "eager"
+
+
+def test_refusals() -> None:
+    bloom = tf.BloomForCausalLM._from_config(tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4))
+    state = snapshot(bloom)
+    with pytest.raises(ValueError, match="BloomForCausalLM.*attention interface|attention interface"):
+        patch_model(bloom)
+    assert snapshot(bloom) == state
+    with pytest.raises(TypeError, match="no transformers.PreTrainedModel"):
+        patch_model(nn.Linear(2, 2))
+
+
+def test_a_mixed_model_reports_what_it_left() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = build("bert")
+            self.bloom = tf.BloomModel(tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4))
+
+    report = patch_model(Mixed())
+    assert [name for name, _, _ in report.switched] == ["bert"]
+    assert [(name, cls) for name, cls, _ in report.left] == [("bloom", "BloomModel")]
+    assert "switched bert [BertForMaskedLM]: eager -> flash_plus" in str(report)
+    assert "left bloom [BloomModel]: its attention does not go through" in str(report)
+
+
+def test_an_exception_midway_leaves_the_model_untouched(monkeypatch) -> None:
+    model = build("gpt_neo")
+    state, original, calls = snapshot(model), patch._set, []
+
+    def failing(changes, owner, name, value, *rest):
+        calls.append(name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(changes, owner, name, value, *rest)
+
+    monkeypatch.setattr(patch, "_set", failing)
+    with pytest.raises(KeyboardInterrupt):
+        patch_model(model)
+    assert calls == ["__class__", "__class__"] and snapshot(model) == state
+
+
+def test_copies_of_patched_models() -> None:
+    model = build("llama")
+    patch_model(model)
+    twin = copy.deepcopy(model)
+    expected = forward(model, "llama")
+    assert torch.equal(forward(twin, "llama"), expected)
+    unpatch_model(twin)
+    assert twin.config._attn_implementation == "eager" and model.config._attn_implementation == "flash_plus"
+    assert torch.equal(forward(pickle.loads(pickle.dumps(model)), "llama"), expected)
+
+
+def test_training_continues_across_patching() -> None:
+    """Hooks, parameters and gradients are the same objects before and after."""
+    model = build("llama").train()
+    parameters = {n: id(p) for n, p in model.named_parameters()}
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    with patched(model):
+        model(input_ids=ids()).logits.sum().backward()
+    assert parameters == {n: id(p) for n, p in model.named_parameters()} and seen == [1]
+    assert hf_flash_plus.is_registered()

@@ -161,13 +161,55 @@ def _require_tensor(name: str, value: object, optional: bool = False) -> None:
         raise TypeError(f"{name} must be a torch.Tensor{' or None' if optional else ''}, got {type(value).__name__}.")
 
 
+def _layout(tensor: object) -> object:
+    """All that validation reads of a tensor."""
+    if not isinstance(tensor, Tensor):
+        return tensor if tensor is None else object()  # never equal to what was found valid
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+_valid: set[object] = set()
+
+
 def validate(inputs: AttentionInputs) -> None:
-    """Check one call, argument by argument.
+    """Check one call, argument by argument; calls that differ only in their data are checked once.
 
     Raises:
         TypeError: a tensor argument is no tensor.
         ValueError: a shape, dtype, device or number is not allowed; says which, what came, what is allowed.
     """
+    mask, slopes = inputs.mask, inputs.alibi_slopes
+    if torch.compiler.is_compiling() or slopes is not None:
+        _validate(inputs)
+        return
+    key = (
+        _layout(inputs.query),
+        _layout(inputs.key),
+        _layout(inputs.value),
+        _layout(mask.row_intervals),
+        _layout(mask.key_mask),
+        _layout(mask.key_holes),
+        _layout(mask.row_positions),
+        _layout(mask.bias),
+        _layout(inputs.sinks),
+        mask.window,
+        inputs.softmax_scale,
+        inputs.softcap,
+        inputs.dropout_p,
+    )
+    try:
+        if key in _valid:
+            return
+    except TypeError:  # something unhashable where a number belongs: let the checks say so
+        _validate(inputs)
+        return
+    _validate(inputs)
+    if len(_valid) > 4096:  # lengths that grow token by token would fill memory
+        _valid.clear()
+    _valid.add(key)
+
+
+def _validate(inputs: AttentionInputs) -> None:
     q, k, v = inputs.query, inputs.key, inputs.value
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _require_tensor(name, tensor)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inputs import _require, describe
-from .interface import _window, attention
+from .inputs import AttentionInputs, _require, describe, validate
+from .interface import _softmax_scale, _window, attention
 from .masks import AttentionMask, window_intervals
 from .paged import gather_pages, validate_pages
 
@@ -71,44 +71,53 @@ def flash_attn_with_kvcache(
     )
     window = _window(window_size)
     batch, seqlen_q = q.shape[0], q.shape[1]
-    slots = (
-        k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
-    )  # keys a row's cache can hold
+    # How many keys a row's cache can hold.
+    slots = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
     used = _lengths(cache_seqlens, k, batch, slots, q.device)
-    total = used
-    if k is not None:
-        assert v is not None
-        places = used[:, None] + torch.arange(k.shape[1], device=q.device)
-        if rotary_cos is not None:
-            assert rotary_sin is not None
-            steps = torch.arange(seqlen_q, device=q.device)
-            by_row = bool(causal) or window[0] >= 0 or window[1] >= 0
-            q_places = used[:, None] + (steps if by_row else torch.zeros_like(steps))
-            q = apply_rotary(q, rotary_cos, rotary_sin, q_places, rotary_interleaved)
-            k = apply_rotary(k, rotary_cos, rotary_sin, places, rotary_interleaved)
-        _append(k_cache, k, places, cache_batch_idx, block_table)
-        _append(v_cache, v, places, cache_batch_idx, block_table)
-        total = used + k.shape[1]
-    if block_table is not None:
-        keys, values = gather_pages(k_cache, block_table), gather_pages(v_cache, block_table)
-    elif cache_batch_idx is not None:
-        keys, values = k_cache[cache_batch_idx.long()], v_cache[cache_batch_idx.long()]
-    else:
-        keys, values = k_cache[:batch], v_cache[:batch]
-    first = torch.zeros_like(total) if cache_leftpad is None else cache_leftpad.to(total.dtype)
-    diagonal = torch.arange(seqlen_q, device=q.device)[None] + (total - seqlen_q)[:, None]
     flags = AttentionMask(causal=bool(causal), window=window)
-    intervals = window_intervals(flags, diagonal, first[:, None], total[:, None])
-    mask = AttentionMask(
-        row_intervals=intervals, row_positions=None if alibi_slopes is None else diagonal.to(torch.int32)
-    )
+    scale = _softmax_scale(q, softmax_scale)
+    if k is not None:
+        # A call that is refused must not have written into the cache.
+        keys, values = (c.new_empty(()).expand(batch, slots, *c.shape[2:]) for c in (k_cache, v_cache))
+        validate(AttentionInputs(q, keys, values, scale, flags, softcap, alibi_slopes, s_aux))
     with torch.no_grad():
+        total = used
+        if k is not None:
+            assert v is not None
+            places = used[:, None] + torch.arange(k.shape[1], device=q.device)
+            if rotary_cos is not None:
+                assert rotary_sin is not None
+                steps = torch.arange(seqlen_q, device=q.device)
+                by_row = flags.causal or flags.windowed
+                q_places = used[:, None] + (steps if by_row else torch.zeros_like(steps))
+                q = apply_rotary(q, rotary_cos, rotary_sin, q_places, rotary_interleaved)
+                k = apply_rotary(k, rotary_cos, rotary_sin, places, rotary_interleaved)
+            _append(k_cache, k, places, cache_batch_idx, block_table)
+            _append(v_cache, v, places, cache_batch_idx, block_table)
+            total = used + k.shape[1]
+        if block_table is not None:
+            keys, values = gather_pages(k_cache, block_table), gather_pages(v_cache, block_table)
+        elif cache_batch_idx is not None:
+            keys, values = k_cache[cache_batch_idx.long()], v_cache[cache_batch_idx.long()]
+        else:
+            keys, values = k_cache[:batch], v_cache[:batch]
+        if cache_leftpad is None and not isinstance(cache_seqlens, Tensor):
+            # One length for all, known here: the flags say it all, and nothing beyond it is read.
+            length = slots if cache_seqlens is None else cache_seqlens + (0 if k is None else k.shape[1])
+            keys, values, mask = keys[:, :length], values[:, :length], flags
+        else:
+            first = torch.zeros_like(total) if cache_leftpad is None else cache_leftpad.to(total.dtype)
+            diagonal = torch.arange(seqlen_q, device=q.device)[None] + (total - seqlen_q)[:, None]
+            intervals = window_intervals(flags, diagonal, first[:, None], total[:, None])
+            mask = AttentionMask(
+                row_intervals=intervals, row_positions=None if alibi_slopes is None else diagonal.to(torch.int32)
+            )
         return attention(
             q,
             keys,
             values,
             mask,
-            softmax_scale=softmax_scale,
+            softmax_scale=scale,
             softcap=softcap,
             alibi_slopes=alibi_slopes,
             s_aux=s_aux,

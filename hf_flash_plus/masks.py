@@ -94,21 +94,22 @@ def visible(mask: AttentionMask, seqlen_q: int, seqlen_k: int, device: torch.dev
     None stands for all True. A floating ``bias`` is not included (see :func:`additive`).
     """
     parts: list[Tensor] = []
-    rows = torch.arange(seqlen_q, device=device)[:, None]
-    keys = torch.arange(seqlen_k, device=device)[None, :]
-    diagonal = rows + (seqlen_k - seqlen_q)
     left, right = mask.window
     if mask.causal:
-        right = 0 if right < 0 else min(right, 0)
-    if right >= 0:
-        parts.append((keys <= diagonal + right)[None, None])
-    if left >= 0:
-        parts.append((keys >= diagonal - left)[None, None])
-    if mask.row_intervals is not None:
-        start, end = mask.row_intervals[:, None, :, None, 0], mask.row_intervals[:, None, :, None, 1]
-        parts.append((keys >= start) & (keys < end))
+        right = 0
+    if left >= 0 or right >= 0 or mask.row_intervals is not None:
+        keys = torch.arange(seqlen_k, device=device)[None, :]
+        if left >= 0 or right >= 0:
+            diagonal = torch.arange(seqlen_q, device=device)[:, None] + (seqlen_k - seqlen_q)
+            if right >= 0:
+                parts.append((keys <= diagonal + right)[None, None])
+            if left >= 0:
+                parts.append((keys >= diagonal - left)[None, None])
+        if mask.row_intervals is not None:
+            start, end = mask.row_intervals[:, None, :, None, 0], mask.row_intervals[:, None, :, None, 1]
+            parts.append((keys >= start) & (keys < end))
     if mask.key_mask is not None:
-        parts.append(mask.key_mask[:, None, None, :].bool())
+        parts.append(mask.key_mask[:, None, None, :])
     if mask.bias is not None and mask.bias.dtype == torch.bool:
         parts.append(mask.bias)
     if not parts:

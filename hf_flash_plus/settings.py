@@ -91,7 +91,11 @@ def forced_provider() -> str | None:
 
     The name is checked by ``dispatch``, which knows the providers.
     """
-    return _provider_override.get() or os.environ.get(PROVIDER, "").strip().lower() or None
+    name = _provider_override.get()
+    if name is None:
+        text = os.environ.get(PROVIDER)
+        name = text.strip().lower() if text else None
+    return name or None
 
 
 @contextmanager

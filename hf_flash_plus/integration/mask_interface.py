@@ -280,8 +280,11 @@ def flash_plus_mask(
     aligned = not isinstance(q_offset, Tensor) and q_offset - kv_offset + q_length == kv_length
     flags = _flags(mask_function) if aligned and attention_mask is None and not compiling else None
     device = torch.device(device)
-    if flags is not None and q_length == 1 and not flags.windowed:
-        return _one_token(device)
+    if q_length == 1 and not compiling:
+        if flags is not None and not flags.windowed:
+            return _one_token(device)
+        if device.type == "cpu":
+            return _dense(arguments)  # one row: as small as a carrier, and what torch's SDPA takes as it is
 
     index = torch.arange(q_length, device=device)[None] + q_offset
     spans = _spans(mask_function, Rows(index, index, attention_mask))

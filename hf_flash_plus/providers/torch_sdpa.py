@@ -103,8 +103,9 @@ def _dense(inputs: AttentionInputs) -> Tensor | None:
 def _remembered_visible(inputs: AttentionInputs) -> Tensor | None:
     """``visible(mask)``, kept on the mask so that the layers of a model share one: the same object reaches them all."""
     mask = inputs.mask
-    if mask.causal and inputs.seqlen_q == 1 and mask.kind == "causal":
-        return None  # the last row of a bottom-right causal mask sees every key
+    if mask.row_intervals is None and mask.key_mask is None and mask.bias is None and not mask.windowed:
+        if not mask.causal or inputs.seqlen_q == 1:
+            return None  # full; the last row of a bottom-right causal mask sees every key, too
     if torch.compiler.is_compiling():
         return visible(mask, inputs.seqlen_q, inputs.seqlen_k, inputs.query.device)
     key = (inputs.seqlen_q, inputs.seqlen_k)

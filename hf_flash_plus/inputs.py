@@ -271,7 +271,7 @@ def _validate(inputs: AttentionInputs) -> None:
 
 def _validate_numbers(inputs: AttentionInputs) -> None:
     _require(
-        isinstance(inputs.softmax_scale, (int, float)) and math.isfinite(inputs.softmax_scale),
+        isinstance(inputs.softmax_scale, (int, float)) and -math.inf < inputs.softmax_scale < math.inf,
         f"softmax_scale must be a finite number, got {inputs.softmax_scale!r}.",
     )
     _require(

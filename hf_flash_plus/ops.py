@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import dispatch
 from .inputs import AttentionInputs
-from .masks import AttentionMask
+from .masks import AttentionMask, PackedSequences
 from .providers import PROVIDERS, AttentionOutput
 
 logger = logging.getLogger("hf_flash_plus")
@@ -29,7 +29,8 @@ _library = torch.library.Library("hf_flash_plus", "DEF")
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? row_intervals, Tensor? key_mask, Tensor? key_holes, "
     "Tensor? bias, Tensor? row_positions, Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, "
-    "float softmax_scale, bool causal, int window_left, int window_right, float softcap, float dropout_p, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool packed_causal, "
+    "int packed_left, int packed_right, float softmax_scale, bool causal, int window_left, int window_right, float softcap, float dropout_p, "
     "bool deterministic, str provider"
 )
 # FlagGems and flash-attn style kernels take strides, but a contiguous last dimension must survive compilation.
@@ -42,11 +43,15 @@ _library.define(
     tags=_TAGS,
 )
 
-_N_TENSORS = 11  # query .. dropout_seed in _ARGUMENTS
+_N_TENSORS = 13  # query .. cu_seqlens_k in _ARGUMENTS
+
+
+_NOT_PACKED = (None, None, 0, 0, False, (-1, -1))
 
 
 def _to_arguments(inputs: AttentionInputs, provider: str) -> tuple[Any, ...]:
     mask = inputs.mask
+    packed = mask.packed or _NOT_PACKED
     return (
         inputs.query,
         inputs.key,
@@ -59,6 +64,13 @@ def _to_arguments(inputs: AttentionInputs, provider: str) -> tuple[Any, ...]:
         inputs.alibi_slopes,
         inputs.sinks,
         inputs.dropout_seed,
+        packed[0],
+        packed[1],
+        packed[2],
+        packed[3],
+        packed[4],
+        packed[5][0],
+        packed[5][1],
         float(inputs.softmax_scale),
         mask.causal,
         mask.window[0],
@@ -82,6 +94,13 @@ def _from_arguments(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    packed_causal: bool,
+    packed_left: int,
+    packed_right: int,
     softmax_scale: float,
     causal: bool,
     window_left: int,

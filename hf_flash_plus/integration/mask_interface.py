@@ -22,6 +22,10 @@ from . import carrier
 from .models import dense_mask_kind
 
 
+#: Device types on which the mask of a single row stays dense.
+DENSE_ONE_ROW = frozenset({"cpu"})
+
+
 @dataclass(frozen=True)
 class Rows:
     """Where the rows of a mask stand: absolute query indices, and the positions that distances are counted in."""
@@ -283,7 +287,7 @@ def flash_plus_mask(
     if q_length == 1 and not compiling:
         if flags is not None and not flags.windowed:
             return _one_token(device)
-        if device.type == "cpu":
+        if device.type in DENSE_ONE_ROW:
             return _dense(arguments)  # one row: as small as a carrier, and what torch's SDPA takes as it is
 
     index = torch.arange(q_length, device=device)[None] + q_offset

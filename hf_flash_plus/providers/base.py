@@ -103,6 +103,11 @@ class Provider(ABC):
         """Reasons that the capability data cannot express; called when the provider is available."""
         return []
 
+    def auto_reasons(self, signature: CallSignature) -> list[str]:
+        """Reasons to let the next provider serve although this one can; asked in automatic selection only, and first,
+        so that stepping aside costs nothing (no import of a large library)."""
+        return []
+
     @abstractmethod
     def forward(self, inputs: AttentionInputs) -> AttentionOutput:
         """Compute one call that :meth:`not_supported_reasons` allowed."""

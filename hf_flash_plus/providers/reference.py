@@ -60,7 +60,11 @@ class ReferenceProvider(Provider):
             scores = scores.masked_fill(~seen, float("-inf"))
         sinks = inputs.sinks
         # log-sum-exp by hand: with no visible key and no sink the row is empty, and its weights are 0, not NaN.
-        top = scores.detach().amax(dim=-1, keepdim=True) if inputs.seqlen_k else scores.new_full((*scores.shape[:-1], 1), float("-inf"))
+        top = (
+            scores.detach().amax(dim=-1, keepdim=True)
+            if inputs.seqlen_k
+            else scores.new_full((*scores.shape[:-1], 1), float("-inf"))
+        )
         if sinks is not None:
             top = torch.maximum(top, row_sinks(sinks.detach()).to(compute))
         top = top.masked_fill(top == float("-inf"), 0.0)

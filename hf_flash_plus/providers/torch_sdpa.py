@@ -69,15 +69,14 @@ class TorchSdpaProvider(Provider):
 def _flags_suffice(inputs: AttentionInputs) -> bool:
     """Whether SDPA's own ``is_causal`` says all of the mask (it is aligned to the top left, ours to the bottom right)."""
     mask = inputs.mask
-    return (
-        mask.causal
-        and inputs.seqlen_q == inputs.seqlen_k
-        and not mask.windowed
-        and mask.row_intervals is None
-        and mask.key_mask is None
-        and mask.bias is None
-        and inputs.alibi_slopes is None
-    )
+    if not mask.causal or mask.windowed or inputs.alibi_slopes is not None:
+        return False
+    if mask.row_intervals is not None or mask.key_mask is not None or mask.bias is not None:
+        return False
+    # An `if`, so that torch.compile with symbolic lengths decides here: SDPA takes no symbolic boolean.
+    if inputs.seqlen_q != inputs.seqlen_k:  # noqa: SIM103
+        return False
+    return True
 
 
 def _gqa_is_fused(q: Tensor, mask: Tensor | None) -> bool:

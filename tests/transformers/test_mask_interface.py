@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, StaticCache, masking_utils
 
 import hf_flash_plus  # noqa: F401
-from hf_flash_plus.integration import carrier
+from hf_flash_plus.integration import carrier, mask_interface
 from hf_flash_plus.integration.mask_interface import flash_plus_mask
 from hf_flash_plus.masks import visible
 
@@ -41,6 +41,18 @@ if hasattr(masking_utils, "packed_sequence_compatibility_function"):
     FUNCTIONS["packed_chunked"] = masking_utils.packed_sequence_compatibility_function(
         masking_utils.chunked_causal_mask_function(5, torch.zeros(2, dtype=torch.long)), POSITIONS, PACKED
     )
+
+
+@pytest.fixture(autouse=True)
+def carriers_everywhere(monkeypatch) -> None:
+    """Single rows are carried, too, as they are on accelerators."""
+    monkeypatch.setattr(mask_interface, "DENSE_ONE_ROW", frozenset())
+
+
+def test_single_rows_stay_dense_on_the_cpu(monkeypatch) -> None:
+    monkeypatch.undo()
+    dense, ours, _ = both(CAUSAL, pads("left"), q_length=1, q_offset=LENGTH - 1)
+    assert ours.dtype == torch.bool and torch.equal(ours, dense)
 
 
 def pads(kind: str) -> torch.Tensor | None:

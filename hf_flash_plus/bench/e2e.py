@@ -1,0 +1,201 @@
+"""The ``e2e`` benchmark: training steps and generation of a random LLaMA under several attention implementations."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from .config import BenchConfig, ConfigError, peer_name
+from .kernels import Progress, Row, _short
+from .problem import TORCH_DTYPES
+
+LAYOUTS = ("plain", "padded", "packed")
+
+
+def run_e2e(
+    config: BenchConfig, device: torch.device, save: Callable[[list[Row]], None], progress: Progress
+) -> list[Row]:
+    """Do every work with every implementation, one model after the other; failures become rows with status error."""
+    for work in config.works:
+        work_name(work)  # checks all before the first minute is spent
+    rows: list[Row] = []
+    for entry in config.peers:
+        name = peer_name(entry)
+        options = entry if isinstance(entry, dict) else {"name": entry}
+        progress(f"{name}: building the model")
+        try:
+            model = _build(config, options.get("implementation", name), options.get("preimport"), device)
+        except Exception as error:  # an implementation's failure is a result
+            rows += [_row(work, name, "error", _short(error)) for work in config.works]
+            save(rows)
+            continue
+        with _provider(options.get("provider")):
+            for work in config.works:
+                progress(f"{name}: {work_name(work)}")
+                rows.append(_measure(config, model, work, name, device))
+                save(rows)
+        del model
+        torch._dynamo.reset()
+        _free(device)
+    return rows
+
+
+def work_name(work: dict[str, Any]) -> str:
+    """``"train padded 8x2048"``, ``"generate static 16x2048+64"``."""
+    kind, layout = work.get("kind"), work.get("layout", "plain")
+    if kind not in ("train", "generate") or layout not in LAYOUTS or not {"batch", "seqlen"} <= set(work):
+        raise ConfigError(
+            f"work {work!r}: needs kind (train or generate), batch, seqlen, and a layout of {', '.join(LAYOUTS)}."
+        )
+    unknown = set(work) - {"kind", "layout", "batch", "seqlen", "new_tokens", "cache", "documents"}
+    if unknown:
+        raise ConfigError(f"work {work!r}: unknown {sorted(unknown)}.")
+    words = [kind, *([] if layout == "plain" else [layout]), *([work["cache"]] if work.get("cache") else [])]
+    tail = f"+{work.get('new_tokens', 64)}" if kind == "generate" else ""
+    return f"{' '.join(words)} {work['batch']}x{work['seqlen']}{tail}"
+
+
+@contextmanager
+def _provider(name: str | None) -> Iterator[None]:
+    from ..dispatch import use_provider
+
+    with use_provider(name) if name else nullcontext():
+        yield
+
+
+def _build(config: BenchConfig, implementation: str, preimport: str | None, device: torch.device) -> Any:
+    import transformers
+
+    if preimport:
+        importlib.import_module(preimport)
+    torch.manual_seed(0)
+    llama = transformers.LlamaConfig(**(config.model or {}))
+    llama._attn_implementation = implementation
+    with torch.device(device):
+        return transformers.LlamaForCausalLM(llama).to(TORCH_DTYPES[config.dtype])
+
+
+def _row(work: dict[str, Any], name: str, status: str, reason: str = "") -> Row:
+    row: Row = {
+        "case": dict(work),
+        "case_name": work_name(work),
+        "group": work["kind"],
+        "direction": work["kind"],
+        "peer": name,
+        "status": status,
+    }
+    return row | ({"reason": reason} if reason else {})
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _measure(config: BenchConfig, model: Any, work: dict[str, Any], name: str, device: torch.device) -> Row:
+    _free(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        make = _train if work["kind"] == "train" else _generate
+        step, tokens = make(model, work, device)
+        seconds = _seconds(step, config, device)
+    except Exception as error:  # out of memory, a crash in an implementation: results too
+        model.zero_grad(set_to_none=True)
+        return _row(work, name, "error", _short(error))
+    model.zero_grad(set_to_none=True)
+    median = statistics.median(seconds)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return _row(work, name, "ok") | {
+        "value": tokens / median,
+        "unit": "tokens/s",
+        "tokens": tokens,
+        "seconds": seconds,
+        "median_ms": median * 1e3,
+        "peak_gib": peak,
+    }
+
+
+def _seconds(step: Callable[[], Any], config: BenchConfig, device: torch.device) -> list[float]:
+    for _ in range(config.warmup):
+        step()
+    seconds = []
+    for _ in range(config.repeats):
+        _synchronize(device)
+        begin = time.perf_counter()
+        step()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def _lengths(work: dict[str, Any]) -> torch.Tensor:
+    seqlen, batch = work["seqlen"], work["batch"]
+    return torch.linspace(seqlen // 4, seqlen, batch).long() if batch > 1 else torch.tensor([seqlen])
+
+
+def _ids(model: Any, work: dict[str, Any], device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (work["batch"], work["seqlen"])
+    return torch.randint(5, model.config.vocab_size, shape, generator=generator).to(device)
+
+
+def _train(model: Any, work: dict[str, Any], device: torch.device) -> tuple[Callable[[], Any], int]:
+    """Forward, loss and backward of one batch; tokens are the real ones."""
+    model.train()
+    seqlen, batch, layout = work["seqlen"], work["batch"], work.get("layout", "plain")
+    ids = _ids(model, work, device)
+    mask = positions = None
+    labels, tokens = ids, batch * seqlen
+    if layout == "padded":
+        lengths = _lengths(work)
+        mask = (torch.arange(seqlen)[None] < lengths[:, None]).long().to(device)
+        labels, tokens = ids.masked_fill(mask == 0, -100), int(lengths.sum())
+    elif layout == "packed":
+        documents = work.get("documents", 8)
+        positions = torch.arange(seqlen // documents, device=device).repeat(batch, documents)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        output = model(input_ids=ids, labels=labels, attention_mask=mask, position_ids=positions, use_cache=False)
+        output.loss.backward()
+
+    return step, tokens
+
+
+def _generate(model: Any, work: dict[str, Any], device: torch.device) -> tuple[Callable[[], Any], int]:
+    """Greedy generation of a fixed number of tokens; prompts are padded on the left."""
+    model.eval()
+    seqlen, batch, new_tokens = work["seqlen"], work["batch"], work.get("new_tokens", 64)
+    ids = _ids(model, work, device)
+    mask = torch.ones_like(ids)
+    if work.get("layout") == "padded":
+        lengths = _lengths(work)
+        mask = (torch.arange(seqlen)[None] >= (seqlen - lengths)[:, None]).long().to(device)
+    options: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    if work.get("cache"):
+        options["cache_implementation"] = work["cache"]
+
+    def step() -> None:
+        with torch.no_grad():
+            model.generate(ids, attention_mask=mask, **options)
+
+    return step, batch * new_tokens

@@ -1,0 +1,156 @@
+"""The ``kernels`` benchmark: every case, direction and peer; checked against a float reference, then timed in turns."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .check import TOLERANCE, Reference
+from .config import BenchConfig, Case, as_dict, peer_name
+from .peers import Declined, Peer, Prepared, get_peer
+from .problem import Problem
+from .timing import CudaClock, HostClock, Measurement, make_clock, measure
+
+Row = dict[str, Any]
+Progress = Callable[[str], None]
+
+
+class DeviceLost(RuntimeError):
+    """A peer broke the device (an illegal memory access, say): nothing more can be measured in this process."""
+
+
+def run_kernels(
+    config: BenchConfig, device: torch.device, save: Callable[[list[Row]], None], progress: Progress
+) -> list[Row]:
+    """Measure all cases of a benchmark; ``save`` is called with all rows so far after each."""
+    peers = [get_peer(peer_name(entry)) for entry in config.peers]
+    clock = make_clock(device)
+    rows: list[Row] = []
+    for direction in config.directions:
+        for case in config.cases:
+            if direction == "backward" and case.decoding:
+                continue
+            label = "decode" if case.decoding else direction
+            progress(f"{label} {case.name}")
+            try:
+                rows += _run_case(config, case, label, peers, device, clock)
+            except torch.OutOfMemoryError as error:
+                rows += [_row(case, label, peer, "error", _short(error)) for peer in peers]
+            save(rows)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return rows
+
+
+def _run_case(
+    config: BenchConfig,
+    case: Case,
+    direction: str,
+    peers: Iterable[Peer],
+    device: torch.device,
+    clock: CudaClock | HostClock,
+) -> list[Row]:
+    problem = Problem(case, config.dtype, device)
+    reference = Reference(problem, direction == "backward")
+    rows: dict[str, Row] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for peer in peers:
+        if not config.allows(peer.name, case):
+            rows[peer.name] = _row(case, direction, peer, "skipped", "not measured on this case (limits)")
+            continue
+        try:
+            calls[peer.name], errors = _prepare(problem, reference, peer, direction)
+        except Declined as error:
+            rows[peer.name] = _row(case, direction, peer, "declined", str(error))
+        except Exception as error:  # a peer's failure is a result
+            rows[peer.name] = _row(case, direction, peer, "error", _short(error))
+            _check_device(device, peer)
+        else:
+            rows[peer.name] = _row(case, direction, peer, "ok") | {"errors": errors}
+            limit = TOLERANCE[problem.dtype]
+            # Written so that NaN counts as wrong.
+            if not all(error <= limit for error in errors.values()):
+                rows[peer.name] |= {"status": "wrong", "reason": f"relative error above {limit:g}"}
+                del calls[peer.name]
+    if calls:
+        measured = measure(calls, clock, rounds=config.rounds, budget_s=config.budget_s, rest_s=config.rest_s)
+        for name, times in measured.items():
+            rows[name] |= _result(case, direction, problem, times)
+    return list(rows.values())
+
+
+def _prepare(
+    problem: Problem, reference: Reference, peer: Peer, direction: str
+) -> tuple[Callable[[], Any], dict[str, float]]:
+    """A peer's call to be timed, and its errors. Backward: the graph is kept and differentiated again and again."""
+    training = direction == "backward"
+    prepared = peer.build(problem, training)
+    if not training:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return prepared.forward()
+
+        return forward, {"out": reference.error("out", prepared.dense(forward()))}
+    out = prepared.forward()
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, prepared.inputs, prepared.dout, retain_graph=True)
+
+    errors = {"out": reference.error("out", prepared.dense(out.detach()))}
+    for name, grad in zip(("dq", "dk", "dv"), backward()):
+        errors[name] = reference.error(name, prepared.dense(grad))
+    return backward, errors
+
+
+def extra_peak_bytes(prepared: Prepared, device: torch.device) -> int:
+    """Largest memory in use during forward and backward, above what was in use before."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    out = prepared.forward()
+    grads = torch.autograd.grad(out, prepared.inputs, prepared.dout)
+    torch.cuda.synchronize(device)
+    del out, grads
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _check_device(device: torch.device, peer: Peer) -> None:
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+        torch.ones(1, device=device).item()
+    except Exception as error:
+        raise DeviceLost(f"{peer.name} broke the device: {_short(error)}") from error
+
+
+def _short(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def _row(case: Case, direction: str, peer: Peer, status: str, reason: str = "") -> Row:
+    row: Row = {
+        "case": as_dict(case),
+        "case_name": case.name,
+        "group": case.group,
+        "direction": direction,
+        "peer": peer.name,
+        "status": status,
+    }
+    return row | ({"reason": reason} if reason else {})
+
+
+def _result(case: Case, direction: str, problem: Problem, measured: Measurement) -> Row:
+    result = measured.as_dict()
+    if case.decoding:
+        gbs = case.kv_bytes(problem.q.element_size()) / measured.median_ms / 1e6
+        return result | {"value": gbs, "unit": "GB/s", "gbs": gbs}
+    tflops = case.flops(direction) / measured.median_ms / 1e9
+    return result | {"value": tflops, "unit": "TFLOP/s", "tflops": tflops}

@@ -1,0 +1,134 @@
+"""Measuring several calls side by side: warm-up, turns in rotating order, rests, medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+_MAX_REPEATS = 200
+#: The device is kept busy this long at most while the host queues a turn's calls.
+_MAX_LEAD_MS = 50.0
+_SLEEP_CYCLES_PER_MS = 1_800_000
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Times of one call: over all samples, and the median of each round (how much they differ says how steady)."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    rounds_ms: list[float]
+    samples: int
+    host_us: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class CudaClock:
+    """Device time by CUDA events. The L2 cache is flushed before each call; the device is kept asleep while the host
+    queues the calls, so that a slow host is not counted (it is reported apart, as ``host_us``)."""
+
+    def __init__(self, device: torch.device) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        size = max(2 * getattr(properties, "L2_cache_size", 0), 64 * 2**20)
+        self._flush = torch.empty(size, dtype=torch.int8, device=device)
+        self._host_ms: dict[int, float] = {}
+
+    def host_ms(self, call: Callable[[], Any], repeats: int = 5) -> float:
+        """Milliseconds the host needs to queue one call."""
+        torch.cuda.synchronize()
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - begin) * 1e3)
+            torch.cuda.synchronize()
+        return statistics.median(times)
+
+    def sample(self, call: Callable[[], Any], repeats: int, host_ms: float) -> list[float]:
+        """Milliseconds of ``repeats`` calls."""
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        torch.cuda._sleep(int(min(1.5 * host_ms * repeats + 0.1, _MAX_LEAD_MS) * _SLEEP_CYCLES_PER_MS))
+        for begin, end in events:
+            self._flush.zero_()
+            begin.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in events]
+
+
+class HostClock:
+    """Wall-clock time, for the CPU."""
+
+    def host_ms(self, call: Callable[[], Any], repeats: int = 1) -> float:
+        return statistics.median(self.sample(call, repeats, 0.0))
+
+    def sample(self, call: Callable[[], Any], repeats: int, host_ms: float) -> list[float]:
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - begin) * 1e3)
+        return times
+
+
+def make_clock(device: torch.device) -> CudaClock | HostClock:
+    """The clock for a device."""
+    return CudaClock(device) if device.type == "cuda" else HostClock()
+
+
+def measure(
+    calls: dict[str, Callable[[], Any]],
+    clock: CudaClock | HostClock,
+    *,
+    rounds: int,
+    budget_s: float,
+    rest_s: float,
+) -> dict[str, Measurement]:
+    """Time every call, in turns.
+
+    Args:
+        calls: what to time, by name.
+        clock: see :func:`make_clock`.
+        rounds: number of turns of each call; the order rotates.
+        budget_s: seconds for all of it together, warm-up apart.
+        rest_s: seconds of rest between rounds.
+    """
+    repeats: dict[str, int] = {}
+    host: dict[str, float] = {}
+    for name, call in calls.items():
+        for _ in range(3):
+            call()
+        host[name] = clock.host_ms(call)
+        once_ms = max(statistics.median(clock.sample(call, 3, host[name])), 1e-4)
+        share_ms = budget_s * 1e3 / (len(calls) * rounds)
+        repeats[name] = max(2, min(_MAX_REPEATS, int(share_ms / once_ms)))
+    samples: dict[str, list[list[float]]] = {name: [] for name in calls}
+    order = list(calls)
+    for _ in range(rounds):
+        for name in order:
+            samples[name].append(clock.sample(calls[name], repeats[name], host[name]))
+        order = order[1:] + order[:1]
+        time.sleep(rest_s)
+    return {name: _summarize(turns, host[name]) for name, turns in samples.items()}
+
+
+def _summarize(turns: list[list[float]], host_ms: float) -> Measurement:
+    ordered = sorted(value for turn in turns for value in turn)
+    last = len(ordered) - 1
+    return Measurement(
+        median_ms=statistics.median(ordered),
+        p10_ms=ordered[round(last * 0.1)],
+        p90_ms=ordered[round(last * 0.9)],
+        rounds_ms=[statistics.median(turn) for turn in turns],
+        samples=len(ordered),
+        host_us=host_ms * 1e3,
+    )

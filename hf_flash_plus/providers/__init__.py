@@ -1,0 +1,21 @@
+"""The registry of providers: one file and one line here each. Providers never import each other's kernels."""
+
+from __future__ import annotations
+
+from .base import ALL_FEATURES, AttentionGradients, AttentionOutput, Provider
+from .flaggems import FlagGemsProvider
+from .flash_attn import FlashAttnProvider
+from .reference import ReferenceProvider
+from .torch_sdpa import TorchSdpaProvider
+
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        FlagGemsProvider(),
+        FlashAttnProvider(),
+        TorchSdpaProvider(),
+        ReferenceProvider(),
+    )
+}
+
+__all__ = ["ALL_FEATURES", "PROVIDERS", "AttentionGradients", "AttentionOutput", "Provider"]

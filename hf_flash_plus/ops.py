@@ -20,6 +20,7 @@ from torch import Tensor
 from . import dispatch
 from .inputs import AttentionInputs
 from .masks import AttentionMask, PackedSequences
+from .paged import gather_pages
 from .providers import PROVIDERS, AttentionOutput
 
 logger = logging.getLogger("hf_flash_plus")
@@ -268,3 +269,22 @@ def attention(inputs: AttentionInputs, caller: str = "attention") -> AttentionOu
     op = torch.ops.hf_flash_plus.attention if signature.needs_grad else torch.ops.hf_flash_plus.attention_forward
     out, softmax_lse = op(*_to_arguments(inputs, name))
     return AttentionOutput(out, softmax_lse)
+
+
+def paged_attention(
+    inputs: AttentionInputs, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, caller: str
+) -> AttentionOutput:
+    """:func:`attention` over a paged cache, forward only; pages are gathered for providers that do not read them.
+
+    Args:
+        inputs: the validated call; ``key`` and ``value`` are stand-ins of shape ``(batch, max_blocks * page_size, ...)``.
+        k_cache, v_cache, block_table: as in :meth:`~hf_flash_plus.providers.base.Provider.forward_paged`.
+    """
+    selection = dispatch.select_provider(inputs.signature())
+    output = selection.provider.forward_paged(inputs, k_cache, v_cache, block_table)
+    if output is None:
+        gathered = replace(inputs, key=gather_pages(k_cache, block_table), value=gather_pages(v_cache, block_table))
+        return attention(gathered, caller)
+    if logger.isEnabledFor(logging.DEBUG):
+        _debug(inputs, caller, selection.provider.name, f"{selection.why}, from pages")
+    return output

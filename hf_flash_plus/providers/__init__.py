@@ -7,10 +7,12 @@ from .flaggems import FlagGemsProvider
 from .flash_attn import FlashAttnProvider
 from .reference import ReferenceProvider
 from .torch_sdpa import TorchSdpaProvider
+from .triton import TritonProvider
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
+        TritonProvider(),
         FlagGemsProvider(),
         FlashAttnProvider(),
         TorchSdpaProvider(),

@@ -112,6 +112,18 @@ class Provider(ABC):
     def forward(self, inputs: AttentionInputs) -> AttentionOutput:
         """Compute one call that :meth:`not_supported_reasons` allowed."""
 
+    def forward_paged(
+        self, inputs: AttentionInputs, k_cache: Tensor, v_cache: Tensor, block_table: Tensor
+    ) -> AttentionOutput | None:
+        """:meth:`forward` with the keys and values read from pages; None when the caller is to gather them.
+
+        Args:
+            inputs: the call; its ``key`` and ``value`` only have the right shape, their content is not to be read.
+            k_cache, v_cache: ``(num_blocks, page_size, nheads_k, dim)``.
+            block_table: int32 ``(batch, max_blocks)``.
+        """
+        return None
+
     def backward(
         self,
         inputs: AttentionInputs,

@@ -1,0 +1,291 @@
+"""The decoding kernels: few query rows over a long cache, whose keys are split among programs ("split-KV").
+
+One program computes one split of one key head for one tile of rows. A tile holds the rows of all query heads that share
+the key head, ``(query head of the group, query row)`` with the row varying fastest, so that each key is read once. The
+splits divide the keys that the rows of the batch element really see (from flags or row intervals, read on the device),
+not the slots of the cache: a static cache that is mostly empty, a window or left padding leave no program idle. A second
+kernel combines the splits by their log-sum-exps.
+
+Everything is masked: decoding waits for memory, not for arithmetic.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    BIAS_BOOL,
+    BIAS_FLOAT,
+    BIAS_NONE,
+    KEY_ALIGNMENT,
+    LN2,
+    LOG2E,
+    NO_KEY,
+    add_score_terms,
+    any_visible,
+    apply_mask,
+    apply_softcap,
+    load_tile,
+    online_softmax_update,
+    row_bounds,
+    store_tile,
+)
+
+#: Arguments that change from call to call: Triton must not compile anew where one becomes 1 or divisible by 16.
+RUNTIME_SIZES = (
+    "nheads_k", "group", "seqlen_q", "seqlen_k", "n_splits", "n_row_tiles", "window_left", "window_right",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def attention_decode(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    intervals_ptr,
+    key_mask_ptr,
+    bias_ptr,
+    positions_ptr,
+    slopes_ptr,
+    sinks_ptr,
+    table_ptr,
+    q_stride_b,
+    q_stride_s,
+    q_stride_h,
+    k_stride_b,
+    k_stride_s,
+    k_stride_h,
+    v_stride_b,
+    v_stride_s,
+    v_stride_h,
+    out_stride_split,
+    out_stride_b,
+    out_stride_s,
+    out_stride_h,
+    lse_stride_split,
+    intervals_stride_b,
+    intervals_stride_s,
+    intervals_stride_c,
+    key_mask_stride_b,
+    key_mask_stride_s,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_q,
+    bias_stride_k,
+    positions_stride_b,
+    positions_stride_s,
+    slopes_stride_b,
+    slopes_stride_h,
+    sinks_stride_b,
+    sinks_stride_h,
+    sinks_stride_s,
+    table_stride_b,
+    nheads_k,
+    group,
+    seqlen_q,
+    seqlen_k,
+    n_splits,
+    n_row_tiles,
+    window_left,
+    window_right,
+    scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_INTERVALS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One split's normalised ``out`` and its log-sum-exp, for BLOCK_M (head, row) pairs of one key head.
+
+    ``out`` is ``(n_splits, batch, seqlen_q, nheads, V_HEAD_DIM)`` by strides, ``lse`` contiguous
+    ``(n_splits, batch, nheads, seqlen_q)``. With PAGE_SIZE > 0, ``k`` and ``v`` are ``(pages, PAGE_SIZE, nheads_k,
+    dim)``, their ``stride_b`` is a page's, and ``table`` ``(batch, pages of a row)`` says which page holds which keys.
+    """
+    FLOAT_BIAS: tl.constexpr = BIAS == BIAS_FLOAT
+    BOOL_BIAS: tl.constexpr = BIAS == BIAS_BOOL
+    ADDED: tl.constexpr = HAS_ALIBI or HAS_SOFTCAP or FLOAT_BIAS
+    PRECISE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+
+    pid = tl.program_id(0)
+    split = pid % n_splits
+    row_tile = (pid // n_splits) % n_row_tiles
+    batch_head = pid // (n_splits * n_row_tiles)
+    batch = (batch_head // nheads_k).to(tl.int64)
+    k_head = (batch_head % nheads_k).to(tl.int64)
+
+    pairs = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    pair_ok = pairs < group * seqlen_q
+    rows = pairs % seqlen_q
+    heads = k_head * group + pairs // seqlen_q
+    local_keys = tl.arange(0, BLOCK_N)
+    dims, v_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q_offsets = rows.to(tl.int64) * q_stride_s + heads * q_stride_h
+    q = load_tile(q_ptr + batch * q_stride_b, q_offsets[:, None] + dims[None, :], pair_ok, HEAD_DIM, True)
+    k_base = k_ptr + k_head * k_stride_h
+    v_base = v_ptr + k_head * v_stride_h
+    if PAGE_SIZE == 0:
+        k_base += batch * k_stride_b
+        v_base += batch * v_stride_b
+    else:
+        table_ptr += batch * table_stride_b
+
+    if HAS_INTERVALS:
+        intervals_ptr += batch * intervals_stride_b
+    start, end = row_bounds(
+        rows, intervals_ptr, intervals_stride_s, intervals_stride_c, seqlen_q, seqlen_k, window_left, window_right,
+        HAS_INTERVALS, HAS_LEFT, HAS_RIGHT,
+    )  # fmt: skip
+    seen = pair_ok & (end > start)
+    first = tl.min(tl.where(seen, tl.maximum(start, 0), NO_KEY), axis=0)
+    last = tl.max(tl.where(seen, end, 0), axis=0)
+    first = tl.minimum(first, last) // KEY_ALIGNMENT * KEY_ALIGNMENT
+    # Splits are whole tiles, so that only the last one of the row is cut.
+    tiles_per_split = tl.cdiv(tl.cdiv(last - first, BLOCK_N), n_splits)
+    split_first = first + split * tiles_per_split * BLOCK_N
+    split_last = tl.minimum(split_first + tiles_per_split * BLOCK_N, last)
+
+    diagonal = rows + (seqlen_k - seqlen_q)
+    slope = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_ALIBI:
+        at = slopes_ptr + batch * slopes_stride_b + heads * slopes_stride_h
+        slope = tl.load(at, mask=pair_ok, other=0.0) * LOG2E
+        if HAS_POSITIONS:
+            at = positions_ptr + batch * positions_stride_b + rows.to(tl.int64) * positions_stride_s
+            diagonal = tl.load(at, mask=pair_ok, other=0)
+    factor = scale * LOG2E
+    if ADDED:
+        factor = 1.0
+    if BIAS != BIAS_NONE:
+        bias_rows = bias_ptr + batch * bias_stride_b + heads * bias_stride_h + rows.to(tl.int64) * bias_stride_q
+    if HAS_KEY_MASK:
+        key_mask_ptr += batch * key_mask_stride_b
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:
+        if split == 0:  # a sink is one logit of the whole row
+            at = sinks_ptr + batch * sinks_stride_b + heads * sinks_stride_h + rows.to(tl.int64) * sinks_stride_s
+            top = tl.load(at, mask=pair_ok, other=0.0).to(tl.float32) * LOG2E
+            total = tl.where(top == float("-inf"), 0.0, 1.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    for first_key in tl.range(split_first, split_last, BLOCK_N):
+        keys = first_key + local_keys
+        in_range = keys < split_last
+        if PAGE_SIZE == 0:
+            k_rows, v_rows = keys.to(tl.int64) * k_stride_s, keys.to(tl.int64) * v_stride_s
+        else:
+            page = tl.load(table_ptr + keys // PAGE_SIZE, mask=in_range, other=0).to(tl.int64)
+            k_rows = page * k_stride_b + (keys % PAGE_SIZE) * k_stride_s
+            v_rows = page * v_stride_b + (keys % PAGE_SIZE) * v_stride_s
+        k = load_tile(k_base, k_rows[:, None] + dims[None, :], in_range, HEAD_DIM, True)
+        v = load_tile(v_base, v_rows[:, None] + v_dims[None, :], in_range, V_HEAD_DIM, True)
+        visible = in_range[None, :] & (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
+        visible = visible & pair_ok[:, None]
+        if HAS_KEY_MASK:
+            kept = tl.load(key_mask_ptr + keys.to(tl.int64) * key_mask_stride_s, mask=in_range, other=0) != 0
+            visible = visible & kept[None, :]
+        bias = 0.0
+        if BIAS != BIAS_NONE:
+            at = bias_rows[:, None] + keys[None, :].to(tl.int64) * bias_stride_k
+            bias = tl.load(at, mask=pair_ok[:, None] & in_range[None, :], other=0)
+        if BOOL_BIAS:
+            visible = visible & (bias != 0)
+        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+        scores, _ = apply_softcap(scores, scale, softcap, HAS_SOFTCAP, PRECISE)
+        scores = add_score_terms(
+            scores, scale, slope[:, None], diagonal[:, None], keys[None, :], bias, HAS_SOFTCAP, HAS_ALIBI, FLOAT_BIAS
+        )
+        scores = apply_mask(scores, visible)
+        weights, decay, top, total = online_softmax_update(scores, top, total, factor, True)
+        # The memory of hidden keys may hold NaN, and 0 * NaN is NaN.
+        v = tl.where(any_visible(visible, 0)[:, None], v, 0.0)
+        acc = acc * decay[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
+
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    acc = acc / total[:, None]
+    lse = tl.where(empty, float("-inf"), top * LN2 + tl.log(total))
+    wide_split = split.to(tl.int64)
+    lse_at = wide_split * lse_stride_split + (batch * nheads_k * group + heads) * seqlen_q + rows
+    tl.store(lse_ptr + lse_at, lse, mask=pair_ok)
+    out_base = out_ptr + wide_split * out_stride_split + batch * out_stride_b
+    out_offsets = rows.to(tl.int64) * out_stride_s + heads * out_stride_h
+    store_tile(out_base, out_offsets[:, None] + v_dims[None, :], acc, pair_ok, V_HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=("nheads", "seqlen_q", "n_splits"))
+def attention_decode_combine(
+    parts_ptr,
+    part_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    parts_stride_split,
+    part_lse_stride_split,
+    nheads,
+    seqlen_q,
+    n_splits,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Combine the splits of one row of one head.
+
+    ``parts`` is fp32 ``(n_splits, batch, seqlen_q, nheads, V_HEAD_DIM)`` and ``part_lse`` fp32 ``(n_splits, batch,
+    nheads, seqlen_q)``; ``out`` and ``lse`` are the same without splits, contiguous.
+    """
+    pid = tl.program_id(0)
+    row = pid % seqlen_q
+    batch_head = (pid // seqlen_q).to(tl.int64)
+    batch, head = batch_head // nheads, batch_head % nheads
+    out_row = ((batch * seqlen_q + row) * nheads + head) * V_HEAD_DIM
+    splits = tl.arange(0, BLOCK_SPLITS)
+    dims = tl.arange(0, BLOCK_DV)
+    inside = dims < V_HEAD_DIM
+
+    # A first pass over the log-sum-exps, a second over the outputs they weigh.
+    lses = tl.full([BLOCK_SPLITS], float("-inf"), tl.float32)
+    top = tl.max(lses, axis=0)
+    total = 0.0
+    for base in range(0, n_splits, BLOCK_SPLITS):
+        at = part_lse_ptr + (base + splits).to(tl.int64) * part_lse_stride_split + batch_head * seqlen_q + row
+        lses = tl.load(at, mask=base + splits < n_splits, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(lses, axis=0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.math.exp2((top - shift) * LOG2E) + tl.sum(tl.math.exp2((lses - shift) * LOG2E), axis=0)
+        top = new_top
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    safe_total = tl.where(total == 0.0, 1.0, total)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for base in range(0, n_splits, BLOCK_SPLITS):
+        split_ok = base + splits < n_splits
+        wide = (base + splits).to(tl.int64)
+        lses = tl.load(
+            part_lse_ptr + wide * part_lse_stride_split + batch_head * seqlen_q + row,
+            mask=split_ok,
+            other=float("-inf"),
+        )
+        weights = tl.math.exp2((lses - shift) * LOG2E) / safe_total
+        at = parts_ptr + wide[:, None] * parts_stride_split + out_row + dims[None, :]
+        parts = tl.load(at, mask=split_ok[:, None] & inside[None, :], other=0.0)
+        acc += tl.sum(parts * weights[:, None], axis=0)
+    tl.store(out_ptr + out_row + dims, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    lse = tl.where(total == 0.0, float("-inf"), top + tl.log(safe_total))
+    tl.store(lse_ptr + batch_head * seqlen_q + row, lse)

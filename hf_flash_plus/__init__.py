@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util as _util
 
-from .dispatch import NoProviderError, explain, use_provider
+from .dispatch import NoProviderError, explain, providers_used, use_provider
 from .interface import (
     attention,
     flash_attn_func,
@@ -37,6 +37,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "install_as_flash_attn",
+    "providers_used",
     "uninstall_as_flash_attn",
     "use_provider",
 ]

@@ -190,13 +190,21 @@ def explain(inputs: AttentionInputs) -> list[Verdict]:
     return explain_signature(inputs.signature())
 
 
+def providers_used() -> list[str]:
+    """Names of the providers that were chosen in this process so far, sorted."""
+    return sorted({selection.provider.name for selection in _cache.values()})
+
+
 def clear_cache() -> None:
     """Forget every selection and report; for tests, and after installing or removing a backend in-process."""
     _cache.clear()
     _reported.clear()
 
 
-@torch.compiler.assume_constant_result
 def select_name(fields: tuple[object, ...]) -> str:
     """The chosen provider's name, for ``torch.compile``: decided once, while the graph is traced."""
     return select_provider(CallSignature(*fields)).provider.name  # type: ignore[arg-type]
+
+
+# What torch.compiler.assume_constant_result does; calling that would import torch._dynamo, and with it triton.
+select_name._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ malformed call reaches a kernel. Each message names the argument, what came, and
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -123,10 +124,10 @@ class AttentionInputs:
         return CallSignature(
             self.query.device.type,
             self.query.dtype,
-            self.query.shape[3],
-            self.value.shape[3],
-            self.query.shape[2],
-            self.key.shape[2],
+            _static(self.query.shape[3]),
+            _static(self.value.shape[3]),
+            _static(self.query.shape[2]),
+            _static(self.key.shape[2]),
             # Reading a symbolic length would make torch.compile specialise on it.
             not torch.compiler.is_compiling() and self.query.shape[1] <= SHORT_QUERY,
             mask.causal,
@@ -138,12 +139,18 @@ class AttentionInputs:
             bias_grad,
             self.alibi_slopes is not None,
             "none" if sinks is None else "head" if sinks.dim() == 1 else "row",
-            self.softcap > 0.0,
-            self.dropout_p > 0.0,
+            # `... if ... else ...` decides here where torch.compile(dynamic=True) has made the number symbolic.
+            True if self.softcap > 0.0 else False,  # noqa: SIM210
+            True if self.dropout_p > 0.0 else False,  # noqa: SIM210
             needs_grad,
             self.needs_lse,
             self.deterministic,
         )
+
+
+def _static(size: int) -> int:
+    """A size that kernels are compiled for; ``torch.compile(dynamic=True)`` must take it for a constant, too."""
+    return len(range(size)) if torch.compiler.is_compiling() else size
 
 
 def describe(tensor: Tensor) -> str:
@@ -151,9 +158,10 @@ def describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise ValueError unless ``condition``; the message may be a function, so that only errors pay for making it."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
 def _require_tensor(name: str, value: object, optional: bool = False) -> None:
@@ -192,7 +200,7 @@ def validate(inputs: AttentionInputs) -> None:
         _layout(mask.row_positions),
         _layout(mask.bias),
         _layout(inputs.sinks),
-        mask.window,
+        repr(mask.window),  # (2.0, 1.0) equals (2, 1), but is no window
         inputs.softmax_scale,
         inputs.softcap,
         inputs.dropout_p,
@@ -215,33 +223,33 @@ def _validate(inputs: AttentionInputs) -> None:
         _require_tensor(name, tensor)
         _require(
             tensor.dim() == 4,
-            f"{name} must have 4 dimensions (batch, seqlen, nheads, headdim), got {describe(tensor)}.",
+            lambda: f"{name} must have 4 dimensions (batch, seqlen, nheads, headdim), got {describe(tensor)}.",
         )
     _require(
         q.dtype in DTYPES,
-        f"q has dtype {q.dtype}; supported are {', '.join(map(str, DTYPES))}. Cast with q.to(torch.bfloat16).",
+        lambda: f"q has dtype {q.dtype}; supported are {', '.join(map(str, DTYPES))}. Cast with q.to(torch.bfloat16).",
     )
     for name, tensor in (("k", k), ("v", v)):
         _require(
             tensor.dtype == q.dtype,
-            f"q, k and v must have one dtype: q is {q.dtype}, {name} is {tensor.dtype}. "
+            lambda: f"q, k and v must have one dtype: q is {q.dtype}, {name} is {tensor.dtype}. "
             f"Cast {name} with .to({q.dtype}), or run under torch.autocast.",
         )
-        _require(tensor.device == q.device, f"{name} is on {tensor.device}, but q is on {q.device}; move one of them.")
+        _require(tensor.device == q.device, lambda: f"{name} is on {tensor.device}, but q is on {q.device}; move one of them.")
         _require(
             tensor.shape[0] == q.shape[0],
-            f"{name} has batch {tensor.shape[0]}, but q has batch {q.shape[0]} "
+            lambda: f"{name} has batch {tensor.shape[0]}, but q has batch {q.shape[0]} "
             f"(q: {describe(q)}, {name}: {describe(tensor)}).",
         )
     _require(
         k.shape[1:3] == v.shape[1:3],
-        f"k and v must have the same seqlen and nheads, got k: {describe(k)}, v: {describe(v)}.",
+        lambda: f"k and v must have the same seqlen and nheads, got k: {describe(k)}, v: {describe(v)}.",
     )
-    _require(k.shape[3] == q.shape[3], f"k has headdim {k.shape[3]}, but q has headdim {q.shape[3]}.")
-    _require(q.shape[3] > 0 and v.shape[3] > 0, f"headdim must be positive, got q: {describe(q)}, v: {describe(v)}.")
+    _require(k.shape[3] == q.shape[3], lambda: f"k has headdim {k.shape[3]}, but q has headdim {q.shape[3]}.")
+    _require(q.shape[3] > 0 and v.shape[3] > 0, lambda: f"headdim must be positive, got q: {describe(q)}, v: {describe(v)}.")
     _require(
         q.shape[2] > 0 and k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0,
-        f"the number of heads of q ({q.shape[2]}) must be a multiple of that of k and v ({k.shape[2]}).",
+        lambda: f"the number of heads of q ({q.shape[2]}) must be a multiple of that of k and v ({k.shape[2]}).",
     )
     _validate_numbers(inputs)
     _validate_mask(inputs)
@@ -251,9 +259,9 @@ def _validate(inputs: AttentionInputs) -> None:
         _require_tensor("alibi_slopes", slopes)
         _require(
             slopes.dtype == torch.float32 and tuple(slopes.shape) in ((nheads,), (batch, nheads)),
-            f"alibi_slopes must be torch.float32 of shape ({nheads},) or ({batch}, {nheads}), got {describe(slopes)}.",
+            lambda: f"alibi_slopes must be torch.float32 of shape ({nheads},) or ({batch}, {nheads}), got {describe(slopes)}.",
         )
-        _require(slopes.device == q.device, f"alibi_slopes is on {slopes.device}, but q is on {q.device}.")
+        _require(slopes.device == q.device, lambda: f"alibi_slopes is on {slopes.device}, but q is on {q.device}.")
         _require(
             not slopes.requires_grad,
             "alibi_slopes requires a gradient, which is not computed; pass the bias as a dense bias to train it.",
@@ -263,24 +271,24 @@ def _validate(inputs: AttentionInputs) -> None:
         _require_tensor("s_aux", sinks)
         _require(
             sinks.is_floating_point() and tuple(sinks.shape) in ((nheads,), (batch, nheads, q.shape[1])),
-            f"s_aux (attention sinks) must be floating, of shape ({nheads},) or ({batch}, {nheads}, {q.shape[1]}), "
+            lambda: f"s_aux (attention sinks) must be floating, of shape ({nheads},) or ({batch}, {nheads}, {q.shape[1]}), "
             f"got {describe(sinks)}.",
         )
-        _require(sinks.device == q.device, f"s_aux is on {sinks.device}, but q is on {q.device}.")
+        _require(sinks.device == q.device, lambda: f"s_aux is on {sinks.device}, but q is on {q.device}.")
 
 
 def _validate_numbers(inputs: AttentionInputs) -> None:
     _require(
         isinstance(inputs.softmax_scale, (int, float)) and -math.inf < inputs.softmax_scale < math.inf,
-        f"softmax_scale must be a finite number, got {inputs.softmax_scale!r}.",
+        lambda: f"softmax_scale must be a finite number, got {inputs.softmax_scale!r}.",
     )
     _require(
         isinstance(inputs.softcap, (int, float)) and 0.0 <= inputs.softcap < math.inf,
-        f"softcap must be a finite number >= 0 (0 is off), got {inputs.softcap!r}.",
+        lambda: f"softcap must be a finite number >= 0 (0 is off), got {inputs.softcap!r}.",
     )
     _require(
         isinstance(inputs.dropout_p, (int, float)) and 0.0 <= inputs.dropout_p < 1.0,
-        f"dropout_p must be in [0, 1), got {inputs.dropout_p!r}.",
+        lambda: f"dropout_p must be in [0, 1), got {inputs.dropout_p!r}.",
     )
 
 
@@ -289,11 +297,11 @@ def _validate_mask(inputs: AttentionInputs) -> None:
     batch, seqlen_q, nheads, seqlen_k = q.shape[0], q.shape[1], q.shape[2], inputs.key.shape[1]
     _require(
         isinstance(mask.window, tuple) and len(mask.window) == 2 and all(isinstance(w, int) for w in mask.window),
-        f"window_size must be a tuple of two integers (left, right), -1 meaning unlimited, got {mask.window!r}.",
+        lambda: f"window_size must be a tuple of two integers (left, right), -1 meaning unlimited, got {mask.window!r}.",
     )
     _require(
         min(mask.window) >= -1,
-        f"window_size must be >= -1 on both sides (-1 is unlimited), got {mask.window!r}.",
+        lambda: f"window_size must be >= -1 on both sides (-1 is unlimited), got {mask.window!r}.",
     )
     expected = (
         ("row_intervals", mask.row_intervals, (torch.int32,), ((batch, 1), (seqlen_q,), (2,))),
@@ -311,9 +319,9 @@ def _validate_mask(inputs: AttentionInputs) -> None:
             tensor.dtype in dtypes
             and tensor.dim() == len(sizes)
             and all(n in size for n, size in zip(tensor.shape, sizes)),
-            f"{name} must be {' or '.join(map(str, dtypes))} of shape {shape}, got {describe(tensor)}.",
+            lambda: f"{name} must be {' or '.join(map(str, dtypes))} of shape {shape}, got {describe(tensor)}.",
         )
-        _require(tensor.device == q.device, f"{name} is on {tensor.device}, but q is on {q.device}.")
+        _require(tensor.device == q.device, lambda: f"{name} is on {tensor.device}, but q is on {q.device}.")
     _require(
         mask.key_holes is None or mask.key_mask is not None,
         "key_holes was given without the key_mask it describes.",

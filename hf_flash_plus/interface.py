@@ -8,6 +8,7 @@ tensors, and masks of any kind through :func:`attention`.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops, settings
+from .dispatch import NoProviderError
 from .inputs import AttentionInputs, _require, describe, validate
 from .masks import AttentionMask, PackedSequences, varlen_mask
 from .paged import gather_pages, validate_pages
@@ -27,7 +29,7 @@ def _last_contiguous(x: Any) -> Any:
 
 def _window(window_size: Any) -> tuple[int, int]:
     try:
-        left, right = (-1 if w is None else int(w) for w in window_size)
+        left, right = (-1 if w is None else operator.index(w) for w in window_size)
     except (TypeError, ValueError):
         raise ValueError(
             f"window_size must be a pair of integers (left, right), -1 meaning unlimited, got {window_size!r}."
@@ -123,6 +125,8 @@ def _inputs(
         deterministic=bool(deterministic) or settings.deterministic(),
         needs_lse=needs_lse,
     )
+    if all(isinstance(t, Tensor) for t in (q, k, v)) and not q.dtype == k.dtype == v.dtype:
+        inputs = ops._autocast(inputs)  # brings different dtypes together, where it is enabled
     validate(inputs)
     return inputs
 
@@ -212,6 +216,12 @@ def _dense_call(
     dropout_p = options["dropout_p"]
     if dropout_p:
         # Only the reference forms the weights; kernels that never do cannot return them.
+        forced = settings.forced_provider()
+        if forced not in (None, "reference"):
+            raise NoProviderError(
+                f"return_attn_probs with dropout needs the weights, which only provider 'reference' forms, but "
+                f"{forced!r} is forced; drop return_attn_probs, or force 'reference'."
+            )
         with settings.provider_override("reference"):
             inputs = _inputs(q, k, v, mask, needs_lse=True, **options)
             output = ops.attention(inputs, caller)
@@ -265,7 +275,7 @@ def flash_attn_kvpacked_func(
     *,
     s_aux: Tensor | None = None,
 ) -> Any:
-    """:func:`flash_attn_func` on ``kv`` ``(batch, seqlen_k, 2, nheads_k, headdim)``; the other arguments are the same."""
+    """:func:`flash_attn_func` on ``kv`` ``(batch, seqlen_k, 2, nheads_k, headdim)``; all else is the same."""
     k, v = _unpack("kv", kv, 5, 2, 2)
     return _dense_call(
         "flash_attn_kvpacked_func",
@@ -416,7 +426,7 @@ def flash_attn_varlen_kvpacked_func(
     *,
     s_aux: Tensor | None = None,
 ) -> Any:
-    """:func:`flash_attn_varlen_func` on ``kv`` ``(total_k, 2, nheads_k, headdim)``; the other arguments are the same."""
+    """:func:`flash_attn_varlen_func` on ``kv`` ``(total_k, 2, nheads_k, headdim)``; all else is the same."""
     k, v = _unpack("kv", kv, 4, 1, 2)
     return _varlen_call(
         "flash_attn_varlen_kvpacked_func",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .inputs import AttentionInputs, _require, describe, validate
-from .interface import _softmax_scale, _window, attention
+from . import ops
+from .inputs import AttentionInputs, _require, _require_tensor, describe, validate
+from .interface import _last_contiguous, _softmax_scale, _window
 from .masks import AttentionMask, window_intervals
-from .paged import gather_pages, validate_pages
+from .paged import validate_pages
 
 
 def flash_attn_with_kvcache(
@@ -55,7 +57,8 @@ def flash_attn_with_kvcache(
         cache_leftpad: int32 ``(batch,)``: each row's first key in use; not with ``block_table``.
         block_table: int32 ``(batch, max_num_blocks_per_seq)``: the pages of each row's cache.
         softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux: as in ``flash_attn_func``.
-        rotary_interleaved: rotate dimensions (0, 1), (2, 3), ... (GPT-J); False: (0, d/2), (1, d/2 + 1), ... (GPT-NeoX).
+        rotary_interleaved: rotate dimensions (0, 1), (2, 3), ... (GPT-J);
+            False: (0, d/2), (1, d/2 + 1), ... (GPT-NeoX).
         num_splits: how many parts to split the keys into, 0 to choose; a hint that does not change the result.
         return_softmax_lse: also return the log-sum-exp.
 
@@ -73,6 +76,11 @@ def flash_attn_with_kvcache(
     batch, seqlen_q = q.shape[0], q.shape[1]
     # How many keys a row's cache can hold.
     slots = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
+    _require(
+        rotary_cos is None or rotary_cos.shape[0] >= slots,
+        f"rotary_cos and rotary_sin must have a row for each of the {slots} keys that the cache can hold, "
+        f"got {describe(rotary_cos) if rotary_cos is not None else None}.",
+    )
     used = _lengths(cache_seqlens, k, batch, slots, q.device)
     flags = AttentionMask(causal=bool(causal), window=window)
     scale = _softmax_scale(q, softmax_scale)
@@ -95,35 +103,35 @@ def flash_attn_with_kvcache(
             _append(k_cache, k, places, cache_batch_idx, block_table)
             _append(v_cache, v, places, cache_batch_idx, block_table)
             total = used + k.shape[1]
-        if block_table is not None:
-            keys, values = gather_pages(k_cache, block_table), gather_pages(v_cache, block_table)
-        elif cache_batch_idx is not None:
-            keys, values = k_cache[cache_batch_idx.long()], v_cache[cache_batch_idx.long()]
-        else:
-            keys, values = k_cache[:batch], v_cache[:batch]
-        if cache_leftpad is None and not isinstance(cache_seqlens, Tensor):
+        known = cache_leftpad is None and not isinstance(cache_seqlens, Tensor)
+        if known and block_table is None:
             # One length for all, known here: the flags say it all, and nothing beyond it is read.
             length = slots if cache_seqlens is None else cache_seqlens + (0 if k is None else k.shape[1])
-            keys, values, mask = keys[:, :length], values[:, :length], flags
+            mask = flags
         else:
+            length = slots
             first = torch.zeros_like(total) if cache_leftpad is None else cache_leftpad.to(total.dtype)
             diagonal = torch.arange(seqlen_q, device=q.device)[None] + (total - seqlen_q)[:, None]
             intervals = window_intervals(flags, diagonal, first[:, None], total[:, None])
-            mask = AttentionMask(
-                row_intervals=intervals, row_positions=None if alibi_slopes is None else diagonal.to(torch.int32)
-            )
-        return attention(
-            q,
-            keys,
-            values,
-            mask,
-            softmax_scale=scale,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            s_aux=s_aux,
-            return_lse=return_softmax_lse,
-            caller="flash_attn_with_kvcache",
+            positions = None if alibi_slopes is None else diagonal.to(torch.int32)
+            mask = AttentionMask(row_intervals=intervals, row_positions=positions)
+        if block_table is not None:
+            keys, values = (c.new_empty(()).expand(batch, slots, *c.shape[2:]) for c in (k_cache, v_cache))
+        elif cache_batch_idx is not None:
+            keys, values = k_cache[cache_batch_idx.long(), :length], v_cache[cache_batch_idx.long(), :length]
+        else:
+            keys, values = k_cache[:batch, :length], v_cache[:batch, :length]
+        inputs = AttentionInputs(
+            _last_contiguous(q), keys, values, scale, mask, softcap, alibi_slopes, s_aux, needs_lse=return_softmax_lse
         )
+        if block_table is None:
+            inputs = replace(inputs, key=_last_contiguous(keys), value=_last_contiguous(values))
+        validate(inputs)
+        if block_table is not None:
+            output = ops.paged_attention(inputs, k_cache, v_cache, block_table, "flash_attn_with_kvcache")
+        else:
+            output = ops.attention(inputs, "flash_attn_with_kvcache", unwritten_keys=not known)
+    return (output.out, output.softmax_lse) if return_softmax_lse else output.out
 
 
 def _validate(
@@ -140,13 +148,13 @@ def _validate(
     num_splits: int,
 ) -> None:
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        _require_tensor(name, tensor)
         _require(tensor.dim() == 4, f"{name} must have 4 dimensions, got {describe(tensor)}.")
     batch = q.shape[0]
     _require((k is None) == (v is None), "k and v must be given together.")
     for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
         if new is not None:
+            _require_tensor(name, new)
             _require(
                 new.dim() == 4 and new.shape[0] == batch and new.shape[2:] == cache.shape[2:],
                 f"{name} must be ({batch}, seqlen_new, {cache.shape[2]}, {cache.shape[3]}) to fit its cache, "
@@ -155,8 +163,13 @@ def _validate(
             _require(
                 new.dtype == cache.dtype, f"{name} is {new.dtype}, but its cache is {cache.dtype}; cast one of them."
             )
+            _require(new.device == cache.device, f"{name} is on {new.device}, but its cache is on {cache.device}.")
+    if k is not None and v is not None:
+        _require(k.shape[1] == v.shape[1], f"k and v must have one seqlen, got k: {describe(k)}, v: {describe(v)}.")
     _require((rotary_cos is None) == (rotary_sin is None), "rotary_cos and rotary_sin must be given together.")
     if rotary_cos is not None:
+        _require_tensor("rotary_cos", rotary_cos)
+        _require_tensor("rotary_sin", rotary_sin)
         assert rotary_sin is not None
         _require(k is not None, "rotary_cos and rotary_sin need new keys k to rotate.")
         _require(

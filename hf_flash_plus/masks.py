@@ -252,6 +252,9 @@ def key_mask_intervals(key_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (0, 0 where there is none), and 1 where the span has padding inside, else 0.
     """
     seqlen_k = key_mask.shape[-1]
+    if seqlen_k == 0:
+        nothing = key_mask.new_zeros(key_mask.shape[0], dtype=torch.int32)
+        return nothing, nothing, nothing
     index = torch.arange(seqlen_k, device=key_mask.device)
     start = torch.where(key_mask, index, seqlen_k).amin(dim=-1)
     end = torch.where(key_mask, index + 1, 0).amax(dim=-1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import dispatch
 from .inputs import AttentionInputs
-from .masks import AttentionMask, PackedSequences
+from .masks import AttentionMask, PackedSequences, visible
 from .paged import gather_pages
 from .providers import PROVIDERS, AttentionOutput
 
@@ -111,7 +111,13 @@ def _from_arguments(
     deterministic: bool,
     provider: str,
 ) -> tuple[AttentionInputs, str]:
-    mask = AttentionMask(causal, (window_left, window_right), row_intervals, key_mask, key_holes, bias, row_positions)
+    packed = None
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        window = (packed_left, packed_right)
+        packed = PackedSequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, packed_causal, window)
+    mask = AttentionMask(
+        causal, (window_left, window_right), row_intervals, key_mask, key_holes, bias, row_positions, packed
+    )
     inputs = AttentionInputs(
         query, key, value, softmax_scale, mask, softcap, alibi_slopes, sinks, dropout_p, dropout_seed, deterministic,
         needs_lse=True,
@@ -209,7 +215,7 @@ torch.library.register_autograd("hf_flash_plus::attention_backward", _no_double_
 def _autocast(inputs: AttentionInputs) -> AttentionInputs:
     """Under ``torch.autocast``: q, k, v (and a floating bias) in its dtype, as torch casts for its own SDPA."""
     device_type = inputs.query.device.type
-    if not torch.is_autocast_enabled(device_type) or inputs.query.dtype == torch.float64:
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type) or inputs.query.dtype == torch.float64:
         return inputs
     dtype = torch.get_autocast_dtype(device_type)
     bias = inputs.mask.bias
@@ -237,12 +243,24 @@ def _debug(inputs: AttentionInputs, caller: str, provider: str, why: str) -> Non
     )
 
 
-def attention(inputs: AttentionInputs, caller: str = "attention") -> AttentionOutput:
+def _without_hidden_keys(inputs: AttentionInputs) -> AttentionInputs:
+    """The same call with zeros for keys and values that no row sees: a weight of 0 does not hide a NaN."""
+    seen = visible(inputs.mask, inputs.seqlen_q, inputs.seqlen_k, inputs.query.device)
+    if seen is None:
+        return inputs
+    hidden = ~seen.any(dim=(1, 2))[:, :, None, None]
+    return replace(inputs, key=inputs.key.masked_fill(hidden, 0.0), value=inputs.value.masked_fill(hidden, 0.0))
+
+
+def attention(
+    inputs: AttentionInputs, caller: str = "attention", unwritten_keys: bool = False
+) -> AttentionOutput:
     """Compute one validated call with the provider that serves it.
 
     Args:
         inputs: the call (see :class:`~hf_flash_plus.inputs.AttentionInputs`), validated.
         caller: the public function's name, for the DEBUG log.
+        unwritten_keys: keys that no row sees may be memory that nobody wrote (slots of a cache), NaN included.
 
     Returns:
         ``out`` ``(batch, seqlen_q, nheads, v_head_dim)``, and ``softmax_lse`` where ``inputs.needs_lse``.
@@ -261,6 +279,8 @@ def attention(inputs: AttentionInputs, caller: str = "attention") -> AttentionOu
         if logger.isEnabledFor(logging.DEBUG):
             _debug(inputs, caller, name, selection.why)
     if provider.differentiable:
+        if unwritten_keys and provider.reads_hidden_keys:
+            inputs = _without_hidden_keys(inputs)
         return provider.forward(inputs)
     if inputs.dropout_p > 0.0 and inputs.dropout_seed is None:
         # Drawn by an ordinary random op: obeys torch.manual_seed, gradient checkpointing and CUDA graph capture.
@@ -284,7 +304,7 @@ def paged_attention(
     output = selection.provider.forward_paged(inputs, k_cache, v_cache, block_table)
     if output is None:
         gathered = replace(inputs, key=gather_pages(k_cache, block_table), value=gather_pages(v_cache, block_table))
-        return attention(gathered, caller)
+        return attention(gathered, caller, unwritten_keys=True)
     if logger.isEnabledFor(logging.DEBUG):
         _debug(inputs, caller, selection.provider.name, f"{selection.why}, from pages")
     return output

@@ -28,6 +28,8 @@ DENSE_MASK_MODELS: dict[str, str] = {
 
 #: Families that extend the mask by additive biases of their own: they get a dense additive one, as eager does.
 ADDITIVE_MASK_MODELS: dict[str, str] = {
+    "bigbird_pegasus": "its encoder adds the mask to the scores itself",
+    "gemma4_audio": "its audio encoder reads where an additive mask is not zero",
     "deepseek_v4": "appends the bias of its compressed keys to the mask",
 }
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..inputs import SHORT_QUERY, AttentionInputs
 from . import tiles
 from .decode import attention_decode, attention_decode_combine
-from .launch import _NO_STRIDES, Call, Launch, Structure, _cdiv, _strides, prepare
+from .launch import _NO_STRIDES, Call, Launch, Plan, Structure, _cdiv, _reusable, _strides, prepare
 
 #: Programs per multiprocessor that the splits aim at: enough loads in flight to fill the memory's bandwidth.
 PROGRAMS_PER_CORE = 2
@@ -24,14 +22,17 @@ def serves(inputs: AttentionInputs) -> bool:
     return inputs.seqlen_q <= SHORT_QUERY and inputs.dropout_p == 0.0
 
 
-@cache
-def _options(s: Structure, block_m: int, page_size: int) -> dict[str, Any]:
-    """Constexprs of a structure. 4-byte elements and wide heads get fewer keys a tile, to fit shared memory."""
-    wide = tiles.padded(max(s.head_dim, s.v_head_dim)) * s.dtype.itemsize
-    block_n = 128 if wide <= 128 else 64 if wide <= 512 else 32 if wide <= 1024 else 16
+def _block_n(s: Structure) -> int:
+    """Keys of a tile: about 16 KiB of keys, the values as many, so that three stages fit shared memory."""
     if s.device.arch == "interpreter":
-        block_n = 32  # small tiles, so that small tests have several
-    return {
+        return 32  # small tiles, so that small tests have several
+    row = tiles.padded(max(s.head_dim, s.v_head_dim)) * s.dtype.itemsize
+    return max(16, min(128, 16384 // row))
+
+
+@cache
+def _decode_plan(s: Structure, block_m: int, page_size: int) -> Plan:
+    options = {
         "HEAD_DIM": s.head_dim,
         "V_HEAD_DIM": s.v_head_dim,
         "PAGE_SIZE": page_size,
@@ -46,12 +47,23 @@ def _options(s: Structure, block_m: int, page_size: int) -> dict[str, Any]:
         "HAS_SOFTCAP": s.softcap,
         "INPUT_PRECISION": s.device.fp32_precision if s.dtype == torch.float32 else "ieee",
         "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
+        "BLOCK_N": _block_n(s),
         "BLOCK_D": tiles.padded(s.head_dim),
         "BLOCK_DV": tiles.padded(s.v_head_dim),
         "num_warps": 4,
-        "num_stages": 3 if s.device.arch.startswith("sm") and wide <= 512 else 1,
+        "num_stages": 3 if s.device.arch.startswith("sm") else 1,
+        "enable_fp_fusion": True,
     }
+    tile = tiles.Tile(block_m, options["BLOCK_N"], options["num_warps"], options["num_stages"])
+    return Plan(attention_decode, tile, options, _reusable(s, attention_decode))
+
+
+@cache
+def _combine_plan(s: Structure, block_splits: int) -> Plan:
+    block_dv = tiles.padded(s.v_head_dim)
+    options = {"V_HEAD_DIM": s.v_head_dim, "BLOCK_SPLITS": block_splits, "BLOCK_DV": block_dv, "num_warps": 2}
+    tile = tiles.Tile(1, block_splits, 2, 1)
+    return Plan(attention_decode_combine, tile, options, _reusable(s, attention_decode_combine))
 
 
 def _row_block(pairs: int) -> int:
@@ -87,60 +99,57 @@ def forward(inputs: AttentionInputs, block_table: Tensor | None = None) -> tuple
         return out, lse
     group = nheads // nheads_k
     block_m = _row_block(group * seqlen_q)
-    options = _options(call.structure, block_m, page_size)
+    plan = _decode_plan(call.structure, block_m, page_size)
     row_tiles = _cdiv(group * seqlen_q, block_m)
     cores = call.structure.device.n_cores
-    splits = n_splits(batch * nheads_k * row_tiles, seqlen_k, options["BLOCK_N"], cores)
+    splits = n_splits(batch * nheads_k * row_tiles, seqlen_k, plan.tile.block_n, cores)
     if splits == 1:
-        decode_launch(call, out[None], lse[None], options, seqlen_k, row_tiles, splits, block_table).run()
+        decode_launch(call, plan, out[None], lse[None], seqlen_k, row_tiles, block_table).run()
         return out, lse
     # Not kept between calls: an allocation costs 2 us, and a kept one would be shared by streams and CUDA graphs.
     parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=q.device)
-    decode_launch(call, parts, part_lse, options, seqlen_k, row_tiles, splits, block_table).run()
-    combine_launch(parts, part_lse, out, lse).run()
+    decode_launch(call, plan, parts, part_lse, seqlen_k, row_tiles, block_table).run()
+    combine_launch(call.structure, parts, part_lse, out, lse).run()
     return out, lse
 
 
 def decode_launch(
-    call: Call,
-    out: Tensor,
-    lse: Tensor,
-    options: dict[str, Any],
-    seqlen_k: int,
-    row_tiles: int,
-    splits: int,
-    block_table: Tensor | None,
+    call: Call, plan: Plan, out: Tensor, lse: Tensor, seqlen_k: int, row_tiles: int, block_table: Tensor | None
 ) -> Launch:
     """The launch of the split kernel; ``out`` and ``lse`` have a leading dimension of splits."""
     inputs = call.inputs
     q, k, v, sinks = inputs.query, inputs.key, inputs.value, inputs.sinks
     batch, seqlen_q, nheads, _ = q.shape
-    nheads_k = k.shape[2]
+    nheads_k, splits = k.shape[2], out.shape[0]
     if sinks is None:
         sinks_strides: tuple[int | None, ...] = _NO_STRIDES[:3]
     else:
         sinks_strides = (0, *_strides(sinks), 0) if sinks.dim() == 1 else _strides(sinks)
     intervals, key_mask, _, bias, positions, slopes = call.pointers
-    strides = call.strides  # intervals 3, key_mask 2, holes 1, bias 4, positions 2, slopes 2
-    arguments = (
-        q, k, v, out, lse, intervals, key_mask, bias, positions, slopes, sinks, block_table,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:4], lse.stride(0),
-        *strides[:5], *strides[6:], *sinks_strides, None if block_table is None else block_table.stride(0),
-        nheads_k, nheads // nheads_k, seqlen_q, seqlen_k, splits, row_tiles, *call.window,
-        inputs.softmax_scale, inputs.softcap,
-    )  # fmt: skip
-    return Launch(attention_decode, (batch * nheads_k * row_tiles * splits,), arguments, options)
+    tensors = (q, k, v, out, lse, intervals, key_mask, bias, positions, slopes, sinks, block_table)
+    strides = (
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:4],
+        lse.stride(0),
+        *call.strides[:5],  # intervals 3, key mask 2
+        *call.strides[6:],  # bias 4, positions 2, slopes 2
+        *sinks_strides,
+        None if block_table is None else block_table.stride(0),
+    )
+    sizes = (nheads_k, nheads // nheads_k, seqlen_q, seqlen_k, splits, row_tiles, *call.window)
+    arguments = (*tensors, *strides, *sizes, float(inputs.softmax_scale), float(inputs.softcap))
+    key = (q.device.index, *strides, *call.dtypes, out.dtype, None if sinks is None else sinks.dtype)
+    return Launch(plan, batch * nheads_k * row_tiles * splits, arguments, len(tensors), key)
 
 
-def combine_launch(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> Launch:
+def combine_launch(s: Structure, parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> Launch:
     """The launch that combines the splits."""
-    batch, seqlen_q, nheads, v_head_dim = out.shape
-    options = {
-        "V_HEAD_DIM": v_head_dim,
-        "BLOCK_SPLITS": _COMBINE_SPLITS,
-        "BLOCK_DV": tiles.padded(v_head_dim),
-        "num_warps": 2,
-    }
-    arguments = (parts, part_lse, out, lse, parts.stride(0), part_lse.stride(0), nheads, seqlen_q, parts.shape[0])
-    return Launch(attention_decode_combine, (batch * nheads * seqlen_q,), arguments, options)
+    batch, seqlen_q, nheads, _ = out.shape
+    tensors = (parts, part_lse, out, lse)
+    strides = (parts.stride(0), part_lse.stride(0))
+    arguments = (*tensors, *strides, nheads, seqlen_q, parts.shape[0])
+    key = (out.device.index, *strides, out.dtype)
+    return Launch(_combine_plan(s, _COMBINE_SPLITS), batch * nheads * seqlen_q, arguments, len(tensors), key)

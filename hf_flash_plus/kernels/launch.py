@@ -251,8 +251,12 @@ def _make_plan(kind: str, s: Structure, bias_grad: bool = False) -> Plan:
     options["num_stages"] = tile.num_stages
     # The default of Triton up to 3.9; the scale belongs into the exponent's multiply-add.
     options["enable_fp_fusion"] = True
-    reusable = s.device.arch.startswith("sm") and hasattr(kernel, "warmup") and not tiles.overridden()
-    return Plan(kernel, tile, options, reusable)
+    return Plan(kernel, tile, options, _reusable(s, kernel))
+
+
+def _reusable(s: Structure, kernel: Any) -> bool:
+    """Whether compiled kernels may be launched directly (see :class:`Plan`); the interpreter compiles none."""
+    return s.device.arch.startswith("sm") and hasattr(kernel, "warmup") and not tiles.overridden()
 
 
 _cached_plan = cache(_make_plan)

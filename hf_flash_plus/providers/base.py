@@ -46,6 +46,8 @@ class Provider(ABC):
         differentiable: True where :meth:`forward` is made of calls that torch's autograd and ``torch.compile``
             understand; such a provider is called inline and has no :meth:`backward`. False where it launches kernels
             of its own; ``ops`` then wraps it in a library op and calls :meth:`backward`.
+        reads_hidden_keys: True where memory of keys that no row sees reaches the arithmetic, so that NaN there would
+            show; our kernels never read it.
         backward_provider: name of the provider whose :meth:`backward` serves this one's forward (FlagGems computes
             forwards only); None is itself.
         device_types: device types served.
@@ -58,6 +60,7 @@ class Provider(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     differentiable: ClassVar[bool] = False
+    reads_hidden_keys: ClassVar[bool] = False
     backward_provider: ClassVar[str | None] = None
     device_types: ClassVar[frozenset[str] | None] = None
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset()

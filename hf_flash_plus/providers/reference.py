@@ -37,6 +37,7 @@ class ReferenceProvider(Provider):
     name = "reference"
     summary = "eager PyTorch: serves everything, slowly, with memory quadratic in the sequence length"
     differentiable = True
+    reads_hidden_keys = True
     dtypes = frozenset(DTYPES)
     max_head_dim = 2**31
     features = ALL_FEATURES

@@ -22,6 +22,7 @@ class TorchSdpaProvider(Provider):
     name = "torch_sdpa"
     summary = "torch's scaled_dot_product_attention (its fused kernels where the mask allows)"
     differentiable = True
+    reads_hidden_keys = True
     dtypes = frozenset(DTYPES)
     max_head_dim = 2**31
     features = ALL_FEATURES - {"softcap", "lse"}
@@ -32,23 +33,27 @@ class TorchSdpaProvider(Provider):
     def extra_reasons(self, signature: CallSignature) -> list[str]:
         if signature.device_type == "meta":
             return ["serves real tensors, these are on the meta device"]
+        if signature.alibi and signature.device_type != "cpu" and signature.dtype not in (torch.float32, torch.float64):
+            return ["would round ALiBi's distances to half precision"]
         return []
 
     def forward(self, inputs: AttentionInputs) -> AttentionOutput:
         q, k, v = (t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
+        # A literal 0.0, which SDPA takes also where torch.compile(dynamic=True) has made the argument symbolic.
+        dropout_p = inputs.dropout_p if inputs.dropout_p > 0.0 else 0.0
         is_causal = _flags_suffice(inputs)
         mask = None if is_causal else _dense(inputs)
         if inputs.sinks is not None:
             k, v, mask = _append_sink(inputs, k, v, mask, is_causal)
             is_causal = False
-        grouped = inputs.nheads != inputs.nheads_k
+        grouped = True if inputs.nheads != inputs.nheads_k else False  # noqa: SIM210 (symbolic, as above)
         if grouped and not _gqa_is_fused(q, mask):
             groups = inputs.nheads // inputs.nheads_k
             if inputs.seqlen_q == 1 and (mask is None or mask.shape[1] == 1):
                 # One token: the query heads of a group become rows, and K and V need no copy.
                 packed = q.reshape(inputs.batch, inputs.nheads_k, groups, inputs.head_dim)
                 out = F.scaled_dot_product_attention(
-                    packed, k, v, attn_mask=mask, dropout_p=inputs.dropout_p, scale=inputs.softmax_scale
+                    packed, k, v, attn_mask=mask, dropout_p=dropout_p, scale=inputs.softmax_scale
                 )
                 return AttentionOutput(out.reshape(inputs.batch, 1, inputs.nheads, inputs.v_head_dim))
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -58,7 +63,7 @@ class TorchSdpaProvider(Provider):
             k,
             v,
             attn_mask=mask,
-            dropout_p=inputs.dropout_p,
+            dropout_p=dropout_p,
             is_causal=is_causal,
             scale=inputs.softmax_scale,
             enable_gqa=grouped,
@@ -95,8 +100,11 @@ def _dense(inputs: AttentionInputs) -> Tensor | None:
         return seen
     if seen is not None:
         bias = bias.masked_fill(~seen, float("-inf"))
-    # SDPA wants the query's dtype and does not broadcast a bias over the rows on every backend.
-    return bias.to(inputs.query.dtype).expand(-1, -1, inputs.seqlen_q, -1)
+    # The CPU kernel takes an fp32 mask beside half-precision queries; the CUDA kernels want the query's dtype.
+    if inputs.query.device.type != "cpu":
+        bias = bias.to(inputs.query.dtype)
+    # Not every backend broadcasts a bias over the rows.
+    return bias.expand(-1, -1, inputs.seqlen_q, -1)
 
 
 def _remembered_visible(inputs: AttentionInputs) -> Tensor | None:
@@ -125,7 +133,7 @@ def _append_sink(
     v = F.pad(v, (0, 0, 0, 1))
     if is_causal:
         mask = visible(inputs.mask, seqlen_q, inputs.seqlen_k, k.device)
-    dtype = inputs.query.dtype
+    dtype = inputs.query.dtype if mask is None or mask.dtype == torch.bool else mask.dtype
     if mask is None:
         mask = torch.zeros((), dtype=dtype, device=k.device).expand(1, 1, seqlen_q, inputs.seqlen_k)
     elif mask.dtype == torch.bool:

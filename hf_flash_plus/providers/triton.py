@@ -74,14 +74,26 @@ class TritonProvider(Provider):
         return []
 
     def forward(self, inputs: AttentionInputs) -> AttentionOutput:
-        from ..kernels import launch
+        from ..kernels import decode_launch, launch
 
         plain = _plain(inputs)
+        serve = decode_launch.forward if decode_launch.serves(plain) else launch.forward
         with _on_device(inputs.query):
-            out, lse = launch.forward(plain)
+            out, lse = serve(plain)
         if plain.v_head_dim != inputs.v_head_dim:
             out = out[..., : inputs.v_head_dim].contiguous()
         return AttentionOutput(out, lse)
+
+    def forward_paged(
+        self, inputs: AttentionInputs, k_cache: Tensor, v_cache: Tensor, block_table: Tensor
+    ) -> AttentionOutput | None:
+        from ..kernels import decode_launch
+
+        pages = replace(inputs, key=k_cache, value=v_cache)
+        if not decode_launch.serves(inputs) or _plain(pages) is not pages:
+            return None  # longer queries, and head dimensions that need padding, read a gathered copy
+        with _on_device(inputs.query):
+            return AttentionOutput(*decode_launch.forward(pages, block_table))
 
     def backward(
         self,

@@ -1,0 +1,84 @@
+"""The decoding kernels compile for every architecture, fit its shared memory, and hardly spill."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles kernels: run without TRITON_INTERPRET", allow_module_level=True)
+pytest.importorskip("triton")
+
+from hf_flash_plus.inputs import AttentionInputs
+from hf_flash_plus.kernels import decode_launch, launch
+from hf_flash_plus.masks import AttentionMask
+
+from .compiling import TARGETS, compile_launch, compiling_for
+
+BATCH, KEYS, HEADS, KEY_HEADS = 4, 4096, 32, 8
+DIMS = ((64, 64), (128, 128), (192, 128), (256, 256), (512, 512))
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _launches(
+    dtype: torch.dtype, head_dim: int, v_head_dim: int, pages: int, everything: bool
+) -> dict[str, launch.Launch]:
+    rows = 4 if everything else 1
+    mask = AttentionMask(row_intervals=_meta(BATCH, rows, 2, dtype=torch.int32))
+    extra = {}
+    if everything:
+        mask = AttentionMask(
+            causal=True,
+            window=(128, -1),
+            row_intervals=mask.row_intervals,
+            key_mask=_meta(BATCH, KEYS, dtype=torch.bool),
+            bias=_meta(1, HEADS, rows, KEYS, dtype=dtype),
+        )
+        extra = dict(softcap=30.0, sinks=_meta(HEADS, dtype=dtype), alibi_slopes=_meta(HEADS, dtype=torch.float32))
+    shape = (BATCH * KEYS // pages, pages) if pages else (BATCH, KEYS)
+    inputs = AttentionInputs(
+        _meta(BATCH, rows, HEADS, head_dim, dtype=dtype),
+        _meta(*shape, KEY_HEADS, head_dim, dtype=dtype),
+        _meta(*shape, KEY_HEADS, v_head_dim, dtype=dtype),
+        0.1,
+        mask,
+        **extra,
+    )
+    call = launch.prepare(inputs)
+    plan = decode_launch._decode_plan(call.structure, decode_launch._row_block(HEADS // KEY_HEADS * rows), pages)
+    out = _meta(BATCH, rows, HEADS, v_head_dim, dtype=dtype)
+    lse = _meta(BATCH, HEADS, rows, dtype=torch.float32)
+    parts, part_lse = _meta(8, *out.shape, dtype=torch.float32), _meta(8, *lse.shape, dtype=torch.float32)
+    table = _meta(BATCH, KEYS // pages, dtype=torch.int32) if pages else None
+    return {
+        "decode": decode_launch.decode_launch(call, plan, parts, part_lse, KEYS, 1, table),
+        "combine": decode_launch.combine_launch(call.structure, parts, part_lse, out, lse),
+    }
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=lambda d: f"d{d[0]}v{d[1]}")
+@pytest.mark.parametrize("arch", ("sm80", "sm90", "gfx942"))
+def test_compiles(arch: str, dims: tuple[int, int]) -> None:
+    with compiling_for(arch):
+        for name, built in _launches(torch.bfloat16, *dims, pages=0, everything=False).items():
+            result = compile_launch(built)
+            assert result.shared <= TARGETS[arch].shared_memory, name
+            assert result.spilled <= (64 if max(dims) <= 256 else 512), (name, result)
+
+
+@pytest.mark.parametrize("pages", (0, 16, 256))
+def test_compiles_with_every_feature(pages: int) -> None:
+    with compiling_for("sm90"):
+        result = compile_launch(_launches(torch.float16, 128, 128, pages, everything=True)["decode"])
+    assert result.shared <= TARGETS["sm90"].shared_memory and result.spilled <= 256, result
+
+
+def test_compiles_in_fp32() -> None:
+    with compiling_for("sm90"):
+        result = compile_launch(_launches(torch.float32, 128, 128, 0, everything=False)["decode"])
+    assert result.shared <= TARGETS["sm90"].shared_memory and result.spilled <= 256, result

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
 from . import settings
 from .inputs import AttentionInputs, CallSignature
 from .providers import PROVIDERS, Provider

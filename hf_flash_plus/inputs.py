@@ -232,21 +232,30 @@ def _validate(inputs: AttentionInputs) -> None:
     for name, tensor in (("k", k), ("v", v)):
         _require(
             tensor.dtype == q.dtype,
-            lambda: f"q, k and v must have one dtype: q is {q.dtype}, {name} is {tensor.dtype}. "
-            f"Cast {name} with .to({q.dtype}), or run under torch.autocast.",
+            lambda: (
+                f"q, k and v must have one dtype: q is {q.dtype}, {name} is {tensor.dtype}. "
+                f"Cast {name} with .to({q.dtype}), or run under torch.autocast."
+            ),
         )
-        _require(tensor.device == q.device, lambda: f"{name} is on {tensor.device}, but q is on {q.device}; move one of them.")
+        _require(
+            tensor.device == q.device,
+            lambda: f"{name} is on {tensor.device}, but q is on {q.device}; move one of them.",
+        )
         _require(
             tensor.shape[0] == q.shape[0],
-            lambda: f"{name} has batch {tensor.shape[0]}, but q has batch {q.shape[0]} "
-            f"(q: {describe(q)}, {name}: {describe(tensor)}).",
+            lambda: (
+                f"{name} has batch {tensor.shape[0]}, but q has batch {q.shape[0]} "
+                f"(q: {describe(q)}, {name}: {describe(tensor)})."
+            ),
         )
     _require(
         k.shape[1:3] == v.shape[1:3],
         lambda: f"k and v must have the same seqlen and nheads, got k: {describe(k)}, v: {describe(v)}.",
     )
     _require(k.shape[3] == q.shape[3], lambda: f"k has headdim {k.shape[3]}, but q has headdim {q.shape[3]}.")
-    _require(q.shape[3] > 0 and v.shape[3] > 0, lambda: f"headdim must be positive, got q: {describe(q)}, v: {describe(v)}.")
+    _require(
+        q.shape[3] > 0 and v.shape[3] > 0, lambda: f"headdim must be positive, got q: {describe(q)}, v: {describe(v)}."
+    )
     _require(
         q.shape[2] > 0 and k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0,
         lambda: f"the number of heads of q ({q.shape[2]}) must be a multiple of that of k and v ({k.shape[2]}).",
@@ -259,7 +268,10 @@ def _validate(inputs: AttentionInputs) -> None:
         _require_tensor("alibi_slopes", slopes)
         _require(
             slopes.dtype == torch.float32 and tuple(slopes.shape) in ((nheads,), (batch, nheads)),
-            lambda: f"alibi_slopes must be torch.float32 of shape ({nheads},) or ({batch}, {nheads}), got {describe(slopes)}.",
+            lambda: (
+                f"alibi_slopes must be torch.float32 of shape ({nheads},) or ({batch}, {nheads}), "
+                f"got {describe(slopes)}."
+            ),
         )
         _require(slopes.device == q.device, lambda: f"alibi_slopes is on {slopes.device}, but q is on {q.device}.")
         _require(
@@ -271,8 +283,10 @@ def _validate(inputs: AttentionInputs) -> None:
         _require_tensor("s_aux", sinks)
         _require(
             sinks.is_floating_point() and tuple(sinks.shape) in ((nheads,), (batch, nheads, q.shape[1])),
-            lambda: f"s_aux (attention sinks) must be floating, of shape ({nheads},) or ({batch}, {nheads}, {q.shape[1]}), "
-            f"got {describe(sinks)}.",
+            lambda: (
+                f"s_aux (attention sinks) must be floating, of shape ({nheads},) or ({batch}, {nheads}, {q.shape[1]}), "
+                f"got {describe(sinks)}."
+            ),
         )
         _require(sinks.device == q.device, lambda: f"s_aux is on {sinks.device}, but q is on {q.device}.")
 
@@ -297,7 +311,9 @@ def _validate_mask(inputs: AttentionInputs) -> None:
     batch, seqlen_q, nheads, seqlen_k = q.shape[0], q.shape[1], q.shape[2], inputs.key.shape[1]
     _require(
         isinstance(mask.window, tuple) and len(mask.window) == 2 and all(isinstance(w, int) for w in mask.window),
-        lambda: f"window_size must be a tuple of two integers (left, right), -1 meaning unlimited, got {mask.window!r}.",
+        lambda: (
+            f"window_size must be a tuple of two integers (left, right), -1 meaning unlimited, got {mask.window!r}."
+        ),
     )
     _require(
         min(mask.window) >= -1,

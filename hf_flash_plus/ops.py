@@ -31,7 +31,8 @@ _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? row_intervals, Tensor? key_mask, Tensor? key_holes, "
     "Tensor? bias, Tensor? row_positions, Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool packed_causal, "
-    "int packed_left, int packed_right, float softmax_scale, bool causal, int window_left, int window_right, float softcap, float dropout_p, "
+    "int packed_left, int packed_right, float softmax_scale, bool causal, int window_left, int window_right, "
+    "float softcap, float dropout_p, "
     "bool deterministic, str provider"
 )
 # FlagGems and flash-attn style kernels take strides, but a contiguous last dimension must survive compilation.
@@ -252,9 +253,7 @@ def _without_hidden_keys(inputs: AttentionInputs) -> AttentionInputs:
     return replace(inputs, key=inputs.key.masked_fill(hidden, 0.0), value=inputs.value.masked_fill(hidden, 0.0))
 
 
-def attention(
-    inputs: AttentionInputs, caller: str = "attention", unwritten_keys: bool = False
-) -> AttentionOutput:
+def attention(inputs: AttentionInputs, caller: str = "attention", unwritten_keys: bool = False) -> AttentionOutput:
     """Compute one validated call with the provider that serves it.
 
     Args:
@@ -297,7 +296,8 @@ def paged_attention(
     """:func:`attention` over a paged cache, forward only; pages are gathered for providers that do not read them.
 
     Args:
-        inputs: the validated call; ``key`` and ``value`` are stand-ins of shape ``(batch, max_blocks * page_size, ...)``.
+        inputs: the validated call; ``key`` and ``value`` are stand-ins of shape
+            ``(batch, max_blocks * page_size, ...)``.
         k_cache, v_cache, block_table: as in :meth:`~hf_flash_plus.providers.base.Provider.forward_paged`.
     """
     selection = dispatch.select_provider(inputs.signature())

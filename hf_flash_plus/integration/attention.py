@@ -11,7 +11,6 @@ from torch import Tensor
 from .. import ops, settings
 from ..inputs import AttentionInputs, describe, validate
 from ..masks import (
-    FULL,
     AttentionMask,
     document_intervals,
     intersect_intervals,
@@ -129,7 +128,7 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 
 def _flags(causal: bool, sliding_window: int | None) -> AttentionMask:
-    """The mask that Transformers' flash attention would use where no mask came: windows are symmetric without causal."""
+    """The mask that Transformers' flash attention would use where no mask came: without causal, symmetric."""
     if sliding_window is None or sliding_window <= 0:
         return AttentionMask(causal=causal)
     return AttentionMask(causal=causal, window=(sliding_window - 1, -1 if causal else sliding_window - 1))

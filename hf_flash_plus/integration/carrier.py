@@ -10,7 +10,8 @@ int32 tensor ``(batch or 1, 1, seqlen_q, columns)``::
 
 The tensor alone says everything, so it survives ``.to()``, indexing of the batch, graph breaks and compilation. In
 eager mode the mask itself also rides along as an attribute of the tensor object, which saves decoding it in every layer
-and keeps flags (plain causal, full, window) that are faster than intervals; where the attribute is lost, the data serve.
+and keeps flags (plain causal, full, window) that are faster than intervals; where the attribute is lost, the data
+serve.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def is_paged(cache: Any) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _update_takes_kwargs(cache_type: type) -> bool:
+def _update_takes_kwargs(cache_type: Any) -> bool:
     """Transformers 5.23 resolves per-layer arguments inside ``update(kwargs=...)``; 5.17 leaves that to the caller."""
     return "kwargs" in inspect.signature(cache_type.update).parameters
 
@@ -31,7 +31,8 @@ def _update(
     cache: Any, module: Any, key: Tensor, value: Tensor, window: int | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Write the new keys and values; return all of them, ``(total_k, nheads_k, head_dim)``, and resolve ``kwargs``."""
-    if _update_takes_kwargs(type(cache)):
+    cache_type: Any = type(cache)
+    if _update_takes_kwargs(cache_type):
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
         return key[0].transpose(0, 1), value[0].transpose(0, 1)
     layer_type = "sliding_attention" if window else "full_attention"

@@ -21,7 +21,6 @@ from ..masks import CAUSAL, FULL, TO_LAST_KEY, AttentionMask, intersect_interval
 from . import carrier
 from .models import dense_mask_kind
 
-
 #: Device types on which the mask of a single row stays dense.
 DENSE_ONE_ROW = frozenset({"cpu"})
 

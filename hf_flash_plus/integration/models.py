@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 #: Families (``config.model_type``, also as a prefix) whose model code reads the mask itself: they get a dense one.
@@ -60,7 +60,7 @@ def class_dict_family(module_name: str) -> str | None:
     return family if family in CLASS_DICT_MODULES else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module_reason(module_name: str) -> str | None:
     """Why the attention classes of a modeling module cannot be switched; None when they can."""
     if class_dict_family(module_name):

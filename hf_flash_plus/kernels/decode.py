@@ -3,8 +3,8 @@
 One program computes one split of one key head for one tile of rows. A tile holds the rows of all query heads that share
 the key head, ``(query head of the group, query row)`` with the row varying fastest, so that each key is read once. The
 splits divide the keys that the rows of the batch element really see (from flags or row intervals, read on the device),
-not the slots of the cache: a static cache that is mostly empty, a window or left padding leave no program idle. A second
-kernel combines the splits by their log-sum-exps.
+not the slots of the cache: a static cache that is mostly empty, a window or left padding leave no program idle. A
+second kernel combines the splits by their log-sum-exps.
 
 Everything is masked: decoding waits for memory, not for arithmetic.
 """
@@ -163,11 +163,11 @@ def attention_decode(
     diagonal = rows + (seqlen_k - seqlen_q)
     slope = tl.zeros([BLOCK_M], tl.float32)
     if HAS_ALIBI:
-        at = slopes_ptr + batch * slopes_stride_b + heads * slopes_stride_h
-        slope = tl.load(at, mask=pair_ok, other=0.0) * LOG2E
+        slope_at = slopes_ptr + batch * slopes_stride_b + heads * slopes_stride_h
+        slope = tl.load(slope_at, mask=pair_ok, other=0.0) * LOG2E
         if HAS_POSITIONS:
-            at = positions_ptr + batch * positions_stride_b + rows.to(tl.int64) * positions_stride_s
-            diagonal = tl.load(at, mask=pair_ok, other=0)
+            position_at = positions_ptr + batch * positions_stride_b + rows.to(tl.int64) * positions_stride_s
+            diagonal = tl.load(position_at, mask=pair_ok, other=0)
     factor = scale * LOG2E
     if ADDED:
         factor = 1.0
@@ -179,10 +179,12 @@ def attention_decode(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
-        if split == 0:  # a sink is one logit of the whole row
-            at = sinks_ptr + batch * sinks_stride_b + heads * sinks_stride_h + rows.to(tl.int64) * sinks_stride_s
-            top = tl.load(at, mask=pair_ok, other=0.0).to(tl.float32) * LOG2E
-            total = tl.where(top == float("-inf"), 0.0, 1.0)
+        # A sink is one logit of the whole row: the first split's.
+        sink_at = sinks_ptr + batch * sinks_stride_b + heads * sinks_stride_h + rows.to(tl.int64) * sinks_stride_s
+        sink = tl.load(sink_at, mask=pair_ok, other=0.0).to(tl.float32)
+        sink = tl.where(split == 0, sink, float("-inf"))
+        top = sink * LOG2E
+        total = tl.where(sink == float("-inf"), 0.0, 1.0)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     for first_key in tl.range(split_first, split_last, BLOCK_N):
@@ -203,8 +205,8 @@ def attention_decode(
             visible = visible & kept[None, :]
         bias = 0.0
         if BIAS != BIAS_NONE:
-            at = bias_rows[:, None] + keys[None, :].to(tl.int64) * bias_stride_k
-            bias = tl.load(at, mask=pair_ok[:, None] & in_range[None, :], other=0)
+            bias_at = bias_rows[:, None] + keys[None, :].to(tl.int64) * bias_stride_k
+            bias = tl.load(bias_at, mask=pair_ok[:, None] & in_range[None, :], other=0)
         if BOOL_BIAS:
             visible = visible & (bias != 0)
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from .launch import _NO_STRIDES, Call, Launch, Plan, Structure, _cdiv, _reusable
 PROGRAMS_PER_CORE = 2
 MAX_SPLITS = 128
 _COMBINE_SPLITS = 16
+_WARPS = 4
 
 
 def serves(inputs: AttentionInputs) -> bool:
@@ -32,6 +34,7 @@ def _block_n(s: Structure) -> int:
 
 @cache
 def _decode_plan(s: Structure, block_m: int, page_size: int) -> Plan:
+    stages = 3 if s.device.arch.startswith("sm") else 1
     options = {
         "HEAD_DIM": s.head_dim,
         "V_HEAD_DIM": s.v_head_dim,
@@ -50,11 +53,11 @@ def _decode_plan(s: Structure, block_m: int, page_size: int) -> Plan:
         "BLOCK_N": _block_n(s),
         "BLOCK_D": tiles.padded(s.head_dim),
         "BLOCK_DV": tiles.padded(s.v_head_dim),
-        "num_warps": 4,
-        "num_stages": 3 if s.device.arch.startswith("sm") else 1,
+        "num_warps": _WARPS,
+        "num_stages": stages,
         "enable_fp_fusion": True,
     }
-    tile = tiles.Tile(block_m, options["BLOCK_N"], options["num_warps"], options["num_stages"])
+    tile = tiles.Tile(block_m, _block_n(s), _WARPS, stages)
     return Plan(attention_decode, tile, options, _reusable(s, attention_decode))
 
 

@@ -237,9 +237,10 @@ def tune(
             for tile, run in runs.items():
                 with tiles.override(dkdv=tile):
                     work.build[kind]()
-                times.update(timed({tile: run}, rounds, repeat))
+                one: dict[Any, Callable[[], None]] = {tile: run}
+                times.update(timed(one, rounds, repeat))
         else:
-            times = timed(runs, rounds, repeat)
+            times = timed(dict(runs), rounds, repeat)
         for tile, ms in sorted(times.items(), key=lambda item: item[1]):
             rate = factors[kind] * work.operations / ms / 1e9
             print(f"  {kind:8s} {_name(tile, chosen):29s} {ms:8.3f} ms {rate:7.1f} TFLOP/s  {notes[tile]}", flush=True)
@@ -279,8 +280,8 @@ def main() -> None:
     added = [Tile(*map(int, text.split(","))) for text in args.add]
     specs = []
     for text in args.shape or DEFAULT_SHAPES:
-        shape = [int(part) for part in text.split(",")]
-        shape += shape[4:5] if len(shape) == 5 else []
+        batch, seqlen, nheads, nheads_k, head_dim, *rest = (int(part) for part in text.split(","))
+        shape = (batch, seqlen, nheads, nheads_k, head_dim, rest[0] if rest else head_dim)
         specs += [Spec(*shape, mask, args.dtype) for mask in args.masks.split(",")]
     todo = {}
     for spec in specs:

@@ -15,7 +15,7 @@ from .base import ALL_FEATURES, AttentionOutput, Provider
 
 
 def alibi_bias(inputs: AttentionInputs) -> Tensor:
-    """``-slope * |diagonal - j|``, fp32 ``(batch or 1, nheads, seqlen_q, seqlen_k)`` (flash-attn's ``alibi_slopes``)."""
+    """``-slope * |diagonal - j|``, fp32 ``(batch or 1, nheads, seqlen_q, seqlen_k)`` (flash-attn's)."""
     device = inputs.query.device
     slopes = inputs.alibi_slopes
     assert slopes is not None

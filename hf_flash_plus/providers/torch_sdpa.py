@@ -72,7 +72,7 @@ class TorchSdpaProvider(Provider):
 
 
 def _flags_suffice(inputs: AttentionInputs) -> bool:
-    """Whether SDPA's own ``is_causal`` says all of the mask (it is aligned to the top left, ours to the bottom right)."""
+    """Whether SDPA's own ``is_causal`` says all of the mask (it is top-left aligned, ours bottom-right)."""
     mask = inputs.mask
     if not mask.causal or mask.windowed or inputs.alibi_slopes is not None:
         return False
@@ -110,9 +110,9 @@ def _dense(inputs: AttentionInputs) -> Tensor | None:
 def _remembered_visible(inputs: AttentionInputs) -> Tensor | None:
     """``visible(mask)``, kept on the mask so that the layers of a model share one: the same object reaches them all."""
     mask = inputs.mask
-    if mask.row_intervals is None and mask.key_mask is None and mask.bias is None and not mask.windowed:
-        if not mask.causal or inputs.seqlen_q == 1:
-            return None  # full; the last row of a bottom-right causal mask sees every key, too
+    plain = mask.row_intervals is None and mask.key_mask is None and mask.bias is None and not mask.windowed
+    if plain and (not mask.causal or inputs.seqlen_q == 1):
+        return None  # full; the last row of a bottom-right causal mask sees every key, too
     if torch.compiler.is_compiling():
         return visible(mask, inputs.seqlen_q, inputs.seqlen_k, inputs.query.device)
     key = (inputs.seqlen_q, inputs.seqlen_k)

@@ -8,7 +8,7 @@ import torch
 from .tiny import MODELS, VOCAB, assert_close, build, ids, padding
 
 PADDINGS = ("none", "left", "right", "inner")
-# Eager's own result at padded positions differs from SDPA's and ours (uniform against zero): compared at real ones only.
+# Eager's own result at padded positions differs from SDPA's and ours (uniform, not zero): compared at real ones only.
 
 
 def inputs(name: str, kind: str) -> tuple[dict, torch.Tensor | None]:

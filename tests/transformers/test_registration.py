@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 import hf_flash_plus
 from hf_flash_plus.integration import registration
 
-from .tiny import VOCAB, _DECODER, _llama, assert_close, build, build_from, ids, padding
+from .tiny import _DECODER, VOCAB, _llama, assert_close, build, build_from, ids, padding
 
 
 def logits(model) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from .tiny import VOCAB, _DECODER, _llama4, _text, assert_close, build, build_from, ids, padding
+from .tiny import _DECODER, VOCAB, _llama4, _text, assert_close, build, build_from, ids, padding
 
 
 def pair(name: str, **changes):

@@ -86,7 +86,8 @@ def _bart(cls: Any = None, **kwargs: Any) -> Any:
 
 def _t5gemma() -> Any:
     module = dict(_DECODER, head_dim=8, vocab_size=VOCAB, sliding_window=4, query_pre_attn_scalar=8, pad_token_id=0,
-        eos_token_id=None, layer_types=["sliding_attention", "full_attention"], attn_logit_softcapping=None)  # fmt: skip
+        eos_token_id=None, layer_types=["sliding_attention", "full_attention"],
+        attn_logit_softcapping=None)  # fmt: skip
     return tf.T5GemmaConfig(encoder=dict(module), decoder=dict(module), vocab_size=VOCAB, dropout_rate=0.0,
         attention_dropout=0.0, pad_token_id=0, eos_token_id=None, decoder_start_token_id=2)  # fmt: skip
 
@@ -105,7 +106,7 @@ MODELS: dict[str, Tiny] = {
         "GPT2LMHeadModel",
         lambda: tf.GPT2Config(
             **_text(), n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-        ),  # fmt: skip
+        ),
         generates=True,
     ),
     "gpt_neo": Tiny(
@@ -119,7 +120,7 @@ MODELS: dict[str, Tiny] = {
             attention_types=[[["global", "local"], 1]],
             window_size=5,
             max_position_embeddings=128,
-        ),  # fmt: skip
+        ),
         generates=True,
     ),
     "gptj": Tiny(
@@ -134,7 +135,7 @@ MODELS: dict[str, Tiny] = {
             attn_pdrop=0.0,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
-        ),  # fmt: skip
+        ),
         generates=True,
     ),
     "falcon": Tiny(
@@ -147,7 +148,7 @@ MODELS: dict[str, Tiny] = {
             alibi=False,
             multi_query=True,
             new_decoder_architecture=False,
-        ),  # fmt: skip
+        ),
         generates=True,
     ),
     "bert": Tiny(
@@ -162,7 +163,7 @@ MODELS: dict[str, Tiny] = {
             pad_token_id=0,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
-        ),  # fmt: skip
+        ),
     ),
     "modernbert": Tiny(
         "ModernBertForMaskedLM",
@@ -180,7 +181,7 @@ MODELS: dict[str, Tiny] = {
             eos_token_id=2,
             cls_token_id=1,
             sep_token_id=2,
-        ),  # fmt: skip
+        ),
     ),
     "t5": Tiny("T5ForConditionalGeneration", _t5, generates=True, encoder_decoder=True),
     "bart": Tiny("BartForConditionalGeneration", _bart, generates=True, encoder_decoder=True),

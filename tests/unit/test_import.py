@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 import hf_flash_plus
 
 ROOT = Path(hf_flash_plus.__file__).resolve().parent.parent

@@ -230,9 +230,7 @@ def test_dtypes(provider: str, feature: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_alibi_keeps_its_precision_far_from_the_diagonal(
-    provider: str, dtype: torch.dtype
-) -> None:
+def test_alibi_keeps_its_precision_far_from_the_diagonal(provider: str, dtype: torch.dtype) -> None:
     # Slope * distance reaches 150 and the scores balance it; rounded to bf16 the bias is off by up to 0.5.
     slopes, places = torch.tensor([0.5]), torch.arange(300)
     q = torch.ones(1, 2, 1, 8, dtype=dtype)

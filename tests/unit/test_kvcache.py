@@ -253,9 +253,7 @@ def test_rows_that_see_nothing() -> None:
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("lengths", [4, [4, 7]], ids=["int", "tensor"])
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_slots_beyond_the_lengths_may_hold_anything(
-    provider: str, lengths: int | list[int], paged: bool
-) -> None:
+def test_slots_beyond_the_lengths_may_hold_anything(provider: str, lengths: int | list[int], paged: bool) -> None:
     # A cache made by torch.empty() may hold NaN where nothing was written yet.
     case = Case(new=0, paged=paged)
     used = torch.tensor(lengths, dtype=torch.int32) if isinstance(lengths, list) else lengths

@@ -1,0 +1,190 @@
+"""Next-token training of a LLaMA, or of any causal language model, on packed documents.
+
+    accelerate launch examples/finetune_llama.py configs/train/llama_demo.yaml
+    python examples/finetune_llama.py --model_name_or_path <model> --train_file corpus.jsonl --mixed_precision bf16
+
+Every row is full: documents follow each other without padding, each with ``position_ids`` from 0, and attention stays
+within a document. Evaluation is on held-out documents, in bits per byte (comparable between tokenizers).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from _common import (
+    DataArguments,
+    Document,
+    TrainArguments,
+    finish,
+    hold_out,
+    load_documents,
+    make_accelerator,
+    make_optimizer,
+    make_tokenizer,
+    parse_arguments,
+    train,
+)
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+
+@dataclasses.dataclass
+class LlamaArguments:
+    """The fresh model's sizes (unused with ``model_name_or_path``), the rows, and the sample at the end."""
+
+    hidden_size: int = dataclasses.field(default=256, metadata={"help": "width"})
+    intermediate_size: int = dataclasses.field(default=688, metadata={"help": "width of the MLP"})
+    num_layers: int = dataclasses.field(default=4, metadata={"help": "layers"})
+    num_heads: int = dataclasses.field(default=8, metadata={"help": "attention heads"})
+    num_kv_heads: int = dataclasses.field(default=4, metadata={"help": "heads of keys and values"})
+    seq_length: int = dataclasses.field(default=512, metadata={"help": "tokens per row"})
+    max_eval_rows: int = dataclasses.field(default=64, metadata={"help": "rows evaluated; 0: all held-out text"})
+    lora_rank: int = dataclasses.field(default=0, metadata={"help": "train LoRA adapters of this rank (needs peft)"})
+    prompt: str = dataclasses.field(default="def __init__(self", metadata={"help": "what the sample starts with"})
+    max_new_tokens: int = dataclasses.field(default=64, metadata={"help": "length of the sample; 0: none"})
+    temperature: float = dataclasses.field(default=0.7, metadata={"help": "of the sample; 0: greedy"})
+
+
+def pack(documents: list[Document], tokenizer, seq_length: int) -> list[dict]:
+    """Full rows of ``seq_length`` tokens: documents one after another, ``<bos> text <eos>`` each.
+
+    ``position_ids`` restart at every document: this is what tells attention where one ends. A document that a row's end
+    cuts goes on in the next row as a document of its own. No token is predicted from another document's (label -100 at
+    each start). ``num_bytes`` is the text behind a row's labels. The tokens of the last, incomplete row are left out.
+    """
+    eos = tokenizer.eos_token_id
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos
+    rows: list[dict] = []
+    ids: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
+    num_bytes = 0.0
+    encoded = tokenizer([d.text for d in documents], add_special_tokens=False)["input_ids"]
+    for document, tokens in zip(documents, encoded):
+        tokens = [*tokens, eos]
+        bytes_per_token = len(document.text.encode()) / len(tokens)
+        while tokens:
+            piece, tokens = tokens[: seq_length - len(ids) - 1], tokens[seq_length - len(ids) - 1 :]
+            ids += [bos, *piece]
+            positions += range(len(piece) + 1)
+            labels += [-100, *piece]
+            num_bytes += bytes_per_token * len(piece)
+            if len(ids) >= seq_length - 1:  # a single free place cannot hold a document: an <eos> fills it
+                fill = seq_length - len(ids)
+                row = (ids + [eos] * fill, positions + [0] * fill, labels + [-100] * fill)
+                rows.append(dict(zip(("input_ids", "position_ids", "labels"), row), num_bytes=num_bytes))
+                ids, positions, labels, num_bytes = [], [], [], 0.0
+    return rows
+
+
+def collate(rows: list[dict], extra: tuple[str, ...] = ()) -> dict:
+    """Stack rows; ``use_cache=False`` because Transformers looks for packed documents only without a cache."""
+    keys = ("input_ids", "position_ids", "labels", *extra)
+    return {**{key: torch.tensor([row[key] for row in rows]) for key in keys}, "use_cache": False}
+
+
+@torch.no_grad()
+def bits_per_byte(accelerator, model, loader) -> float:
+    """Cross-entropy of the held-out text in bits, divided by its bytes."""
+    model.eval()
+    nats = num_bytes = 0.0
+    for batch in tqdm(loader, disable=not accelerator.is_main_process, desc="eval", leave=False):
+        row_bytes = batch.pop("num_bytes")
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1].float()
+        row_nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(dim=1)
+        row_nats, row_bytes = accelerator.gather_for_metrics((row_nats, row_bytes))
+        nats += row_nats.double().sum().item()
+        num_bytes += row_bytes.double().sum().item()
+    model.train()
+    return nats / math.log(2) / num_bytes
+
+
+def make_model(args: TrainArguments, sizes: LlamaArguments, tokenizer):
+    """The pretrained model, or a fresh LLaMA, with the attention implementation of the arguments."""
+    if args.model_name_or_path:
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path, attn_implementation=args.attn_implementation, dtype=torch.float32
+        )
+    else:
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=sizes.hidden_size,
+            intermediate_size=sizes.intermediate_size,
+            num_hidden_layers=sizes.num_layers,
+            num_attention_heads=sizes.num_heads,
+            num_key_value_heads=sizes.num_kv_heads,
+            max_position_embeddings=sizes.seq_length,
+            tie_word_embeddings=True,
+            initializer_range=sizes.hidden_size**-0.5,  # the default, 0.02, is for models many times wider
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if sizes.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        if args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        lora = LoraConfig(r=sizes.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    return model
+
+
+def generate_sample(accelerator, model, tokenizer, sizes: LlamaArguments) -> str:
+    """The prompt and its continuation; all processes take part (sharded models need them)."""
+    model = accelerator.unwrap_model(model).eval()
+    prompt = tokenizer(sizes.prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    if tokenizer.bos_token_id is not None:
+        prompt = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), prompt], dim=1)
+    prompt = prompt.to(accelerator.device)
+    with accelerator.autocast():
+        tokens = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=sizes.max_new_tokens,
+            do_sample=sizes.temperature > 0,
+            temperature=sizes.temperature or None,
+        )
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train, evaluate before and after, generate; returns what ``result.json`` holds."""
+    data, args, sizes = arguments = parse_arguments(DataArguments, TrainArguments, LlamaArguments, argv=argv)
+    accelerator = make_accelerator(args)
+    set_seed(args.seed)
+    train_documents, eval_documents = hold_out(load_documents(data, args.seed), data.eval_fraction)
+    tokenizer = make_tokenizer(args, [document.text for document in train_documents])
+    train_rows = pack(train_documents, tokenizer, sizes.seq_length)
+    eval_rows = pack(eval_documents, tokenizer, sizes.seq_length)[: sizes.max_eval_rows or None]
+    if not train_rows or not eval_rows:
+        raise SystemExit(f"too little text for rows of {sizes.seq_length} tokens: use a smaller --seq_length")
+    model = make_model(args, sizes, tokenizer)
+    train_loader = DataLoader(train_rows, batch_size=args.batch_size, shuffle=True, collate_fn=collate)
+    eval_loader = DataLoader(
+        eval_rows, batch_size=args.batch_size, collate_fn=lambda rows: collate(rows, extra=("num_bytes",))
+    )
+    accelerator.print(f"{len(train_rows)} training rows, {len(eval_rows)} held-out rows of {sizes.seq_length} tokens")
+    model, optimizer, train_loader, eval_loader = accelerator.prepare(
+        model, make_optimizer(model, args), train_loader, eval_loader
+    )
+    extra = {"bits_per_byte_start": bits_per_byte(accelerator, model, eval_loader)}
+    log = train(accelerator, model, optimizer, train_loader, args)
+    extra["bits_per_byte_end"] = bits_per_byte(accelerator, model, eval_loader)
+    accelerator.print(f"bits/byte    {extra['bits_per_byte_start']:.3f} -> {extra['bits_per_byte_end']:.3f} (held out)")
+    if sizes.max_new_tokens:
+        extra["sample"] = generate_sample(accelerator, model, tokenizer, sizes)
+        accelerator.print("sample       " + extra["sample"].replace("\n", "\n             "))
+    return finish(accelerator, model, tokenizer, log, arguments, extra)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -197,37 +197,69 @@ def flash_attn_func(
         q,
         k,
         v,
-        AttentionMask(causal=bool(causal), window=_window(window_size)),
-        return_attn_probs,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        s_aux=s_aux,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
+        _Options(
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+            s_aux,
+        ),
     )
 
 
+class _Options(NamedTuple):
+    """The arguments that all functions share, as the caller gave them, in flash-attn's order."""
+
+    dropout_p: float
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+    alibi_slopes: Tensor | None
+    deterministic: bool
+    return_attn_probs: bool
+    s_aux: Tensor | None
+
+
 def _dense_call(
-    caller: str, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, return_attn_probs: bool, **options: Any
+    caller: str, q: Tensor, k: Tensor, v: Tensor, options: _Options, mask: AttentionMask | None = None
 ) -> Any:
-    if not return_attn_probs:
-        return attention(q, k, v, mask, caller=caller, **options)
-    dropout_p = options["dropout_p"]
-    if dropout_p:
-        # Only the reference forms the weights; kernels that never do cannot return them.
-        forced = settings.forced_provider()
-        if forced not in (None, "reference"):
-            raise NoProviderError(
-                f"return_attn_probs with dropout needs the weights, which only provider 'reference' forms, but "
-                f"{forced!r} is forced; drop return_attn_probs, or force 'reference'."
-            )
-        with settings.provider_override("reference"):
-            inputs = _inputs(q, k, v, mask, needs_lse=True, **options)
-            output = ops.attention(inputs, caller)
-        return output.out, output.softmax_lse, output.probabilities
-    out, lse = attention(q, k, v, mask, caller=caller, return_lse=True, **options)
-    return out, lse, out.new_empty(0)
+    """One call on 4-D tensors; the mask is made of ``causal`` and ``window_size`` unless it is given."""
+    if mask is None:
+        mask = AttentionMask(causal=bool(options.causal), window=_window(options.window_size))
+    needs_lse = bool(options.return_attn_probs)
+    inputs = _inputs(
+        q,
+        k,
+        v,
+        mask,
+        softmax_scale=options.softmax_scale,
+        softcap=options.softcap,
+        alibi_slopes=options.alibi_slopes,
+        s_aux=options.s_aux,
+        dropout_p=options.dropout_p,
+        deterministic=options.deterministic,
+        needs_lse=needs_lse,
+    )
+    if not needs_lse:
+        return ops.attention(inputs, caller).out
+    if not options.dropout_p:
+        output = ops.attention(inputs, caller)
+        return output.out, output.softmax_lse, output.out.new_empty(0)
+    # Only the reference forms the weights; kernels that never do cannot return them.
+    forced = settings.forced_provider()
+    if forced not in (None, "reference"):
+        raise NoProviderError(
+            f"return_attn_probs with dropout needs the weights, which only provider 'reference' forms, but "
+            f"{forced!r} is forced; drop return_attn_probs, or force 'reference'."
+        )
+    with settings.provider_override("reference"):
+        output = ops.attention(inputs, caller)
+    return output.out, output.softmax_lse, output.probabilities
 
 
 def flash_attn_qkvpacked_func(
@@ -250,14 +282,17 @@ def flash_attn_qkvpacked_func(
         q,
         k,
         v,
-        AttentionMask(causal=bool(causal), window=_window(window_size)),
-        return_attn_probs,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        s_aux=s_aux,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
+        _Options(
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+            s_aux,
+        ),
     )
 
 
@@ -282,14 +317,17 @@ def flash_attn_kvpacked_func(
         q,
         k,
         v,
-        AttentionMask(causal=bool(causal), window=_window(window_size)),
-        return_attn_probs,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        s_aux=s_aux,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
+        _Options(
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+            s_aux,
+        ),
     )
 
 
@@ -356,16 +394,18 @@ def flash_attn_varlen_func(
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
-        bool(causal),
-        _window(window_size),
-        return_attn_probs,
+        _Options(
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+            s_aux,
+        ),
         block_table,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        s_aux=s_aux,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
     )
 
 
@@ -395,16 +435,17 @@ def flash_attn_varlen_qkvpacked_func(
         cu_seqlens,
         max_seqlen,
         max_seqlen,
-        bool(causal),
-        _window(window_size),
-        return_attn_probs,
-        None,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        s_aux=s_aux,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
+        _Options(
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+            s_aux,
+        ),
     )
 
 
@@ -437,16 +478,17 @@ def flash_attn_varlen_kvpacked_func(
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
-        bool(causal),
-        _window(window_size),
-        return_attn_probs,
-        None,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        s_aux=s_aux,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
+        _Options(
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+            s_aux,
+        ),
     )
 
 
@@ -469,11 +511,8 @@ def _varlen_call(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    causal: bool,
-    window: tuple[int, int],
-    return_attn_probs: bool,
-    block_table: Tensor | None,
-    **options: Any,
+    options: _Options,
+    block_table: Tensor | None = None,
 ) -> Any:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
@@ -493,7 +532,7 @@ def _varlen_call(
         f"{tuple(cu_seqlens_k.shape)}.",
     )
     nseqs = cu_seqlens_q.shape[0] - 1
-    slopes = options["alibi_slopes"]
+    slopes, causal, window = options.alibi_slopes, bool(options.causal), _window(options.window_size)
     if isinstance(slopes, Tensor) and slopes.dim() == 2:
         _require(
             slopes.shape[0] == 1,
@@ -517,8 +556,8 @@ def _varlen_call(
         packed = PackedSequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window)
     mask = varlen_mask(cu_seqlens_q, cu_seqlens_k, q.shape[0], causal=causal, window=window, seqused_k=used)
     mask = replace(mask, packed=packed, row_positions=None if slopes is None else mask.row_positions)
-    result = _dense_call(caller, q[None], k[None], v[None], mask, return_attn_probs, **options)
-    if not return_attn_probs:
+    result = _dense_call(caller, q[None], k[None], v[None], options, mask)
+    if not options.return_attn_probs:
         return result[0]
     out, lse, weights = result
     return out[0], lse[0], weights[0] if weights.dim() == 4 else weights

@@ -23,12 +23,15 @@ DENSE_MASK_MODELS: dict[str, str] = {
     "axk2": "its indexer scores keys under the mask",
     "hy_v4": "its indexer scores keys under the mask",
     "mistral_large4": "its indexer scores keys under the mask",
+    "sam3": "takes any mask that is not boolean for a position bias",
     "dots3_note": "its indexer scores keys under the mask",
 }
 
 #: Families that extend the mask by additive biases of their own: they get a dense additive one, as eager does.
 ADDITIVE_MASK_MODELS: dict[str, str] = {
     "bigbird_pegasus": "its encoder adds the mask to the scores itself",
+    "informer": "its ProbSparse attention adds the mask to the scores itself",
+    "qwen4_exp": "its indexer reads the additive mask",
     "gemma4_audio": "its audio encoder reads where an additive mask is not zero",
     "deepseek_v4": "appends the bias of its compressed keys to the mask",
 }

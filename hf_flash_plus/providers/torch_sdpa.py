@@ -101,10 +101,11 @@ def _dense(inputs: AttentionInputs) -> Tensor | None:
     if seen is not None:
         bias = bias.masked_fill(~seen, float("-inf"))
     # The CPU kernel takes an fp32 mask beside half-precision queries; the CUDA kernels want the query's dtype.
-    if inputs.query.device.type != "cpu":
-        bias = bias.to(inputs.query.dtype)
+    dtype = inputs.query.dtype
+    if inputs.query.device.type == "cpu":
+        dtype = torch.promote_types(dtype, torch.float32)
     # Not every backend broadcasts a bias over the rows.
-    return bias.expand(-1, -1, inputs.seqlen_q, -1)
+    return bias.to(dtype).expand(-1, -1, inputs.seqlen_q, -1)
 
 
 def _remembered_visible(inputs: AttentionInputs) -> Tensor | None:

@@ -380,8 +380,10 @@ def test_compiled_for_all_lengths(
         for length in (5, 9, 20, 33):
             tensors = make((2, length, length + more_keys, 2, 2, 8, 8), torch.float32, grad=False)
             torch.testing.assert_close(compiled(*tensors), function(*tensors), atol=1e-5, rtol=1e-5)
-    # By itself torch.compile takes the first length for a constant, and finds at the second that it is none.
-    assert counter.frame_count <= (1 if dynamic else 2)
+    # By itself torch.compile takes the first length for a constant, and finds at the second that it is none. With
+    # dynamic=True sizes that happen to be equal share a symbol, and heads and head dims are constants for us: a length
+    # or batch that equals one of them is compiled for once more. Four lengths never take four graphs.
+    assert counter.frame_count <= (3 if dynamic else 2)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

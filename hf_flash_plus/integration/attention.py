@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from . import carrier, continuous
 
 NAME = "flash_plus"
 _MEMO = "_hf_flash_plus_memo"
-_PACKED = "_hf_flash_plus_packed"
 
 
 def flash_plus_attention(
@@ -209,18 +208,29 @@ def _repacked(carried: carrier.Carried, position_ids: Tensor) -> AttentionMask |
     Asked once per forward and mask (every layer gets the same tensors), with one look at the device, as Transformers
     itself looks without a cache.
     """
-    memo: dict[int, tuple[carrier.Carried, AttentionMask | None]] = getattr(position_ids, _MEMO, None) or {}
-    found = memo.get(id(carried))
-    if found is not None and found[0] is carried:
-        return found[1]
-    packed: bool | None = getattr(position_ids, _PACKED, None)
-    if packed is None:
+    made_at = carrier.version(position_ids)
+    memo: _Documents | None = getattr(position_ids, _MEMO, None)
+    if memo is None or memo.made_at != made_at:
         packed = bool((position_ids[:, 1:] - position_ids[:, :-1] != 1).any())
-        setattr(position_ids, _PACKED, packed)
+        memo = _Documents(made_at, packed, [])
+        setattr(position_ids, _MEMO, memo)
+    if not memo.packed:
+        return None
+    for known, mask in memo.masks:
+        if known is carried:
+            return mask
     assert carried.repack is not None
-    result = carried.repack(position_ids) if packed else None
-    setattr(position_ids, _MEMO, {**memo, id(carried): (carried, result)})
-    return result
+    mask = carried.repack(position_ids)
+    memo.masks.append((carried, mask))
+    return mask
+
+
+class _Documents(NamedTuple):
+    """What is remembered with a ``position_ids`` tensor, valid while the tensor is not changed in place."""
+
+    made_at: int | None
+    packed: bool
+    masks: list[tuple[carrier.Carried, AttentionMask]]
 
 
 def _packed(mask: AttentionMask, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> AttentionMask:
@@ -234,7 +244,7 @@ def _packed(mask: AttentionMask, query: Tensor, key: Tensor, kwargs: dict[str, A
             f"cu_seq_lens_q describes one flattened row, but the batch is {query.shape[0]}; flatten the batch "
             "(DataCollatorWithFlattening), or pass position_ids that restart at every document."
         )
-    memo_key = (mask.causal, mask.window, query.shape[2])
+    memo_key = (mask.causal, mask.window, query.shape[2], carrier.version(cu_q))
     memo = None if torch.compiler.is_compiling() else getattr(cu_q, _MEMO, None)
     if memo is not None and memo[0] == memo_key:
         result: AttentionMask = memo[1]

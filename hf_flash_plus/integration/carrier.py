@@ -80,8 +80,13 @@ def encode(intervals: Tensor, key_mask: Tensor | None, key_holes: Tensor | None,
         holes = key_holes[:, None, None].expand(batch, seqlen_q, 1)
         carrier = torch.cat((intervals.expand(batch, -1, -1), holes, words), dim=-1)[:, None]
     if not torch.compiler.is_compiling():
-        setattr(carrier, _ATTRIBUTE, (carried, carrier._version))
+        setattr(carrier, _ATTRIBUTE, (carried, version(carrier)))
     return carrier
+
+
+def version(tensor: Tensor) -> int | None:
+    """Counts the in-place changes of a tensor; None where torch does not (``torch.inference_mode``)."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def is_carrier(attention_mask: Tensor) -> bool:
@@ -98,8 +103,8 @@ def decode(carrier: Tensor, seqlen_q: int, seqlen_k: int) -> Carried:
     if not torch.compiler.is_compiling():
         attached = getattr(carrier, _ATTRIBUTE, None)
         if attached is not None and carrier.shape[2] == seqlen_q:
-            carried, version = attached
-            if not carrier.is_inference() and carrier._version != version:
+            carried, made_at = attached
+            if version(carrier) != made_at:
                 raise ValueError(
                     "the attention mask made for attn_implementation='flash_plus' was changed in place by the model; "
                     "use attn_implementation='sdpa' or 'eager' for it and report the model."

@@ -7,6 +7,7 @@ layer built (or patched) for ``flash_plus`` has its attention module's class set
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 import types
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import carrier
 from .attention import NAME, flash_plus_attention
 from .models import CLASS_DICT_MODULES, class_dict_family
 
@@ -37,6 +39,16 @@ class Family:
     base: str
     scale: Callable[[Any], float] | None = None
     dropout: Callable[[Any], float] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of our subclass: ``GPTNeoSelfAttention`` becomes ``GPTNeoFlashPlusAttention``."""
+        return (
+            self.base.removesuffix("2")
+            .replace("Self", "")
+            .replace("Flash", "")
+            .replace("Attention", "FlashPlusAttention")
+        )
 
 
 FAMILIES = {
@@ -82,8 +94,6 @@ def _restrict(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, win
 
 def _attend(module: Any, family: Family, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """One call for the classes whose ``_attn`` we replace: ``(batch, nheads, seqlen, head_dim)`` in and out."""
-    from . import carrier  # here, so that the module graph stays one way
-
     assert family.scale is not None and family.dropout is not None
     causal, window = bool(module.is_causal), _local_window(module)
     if mask is not None and carrier.is_carrier(mask):
@@ -109,8 +119,7 @@ def _attend(module: Any, family: Family, query: Tensor, key: Tensor, value: Tens
 def _make_class(family_name: str, modeling: types.ModuleType) -> type:
     family = FAMILIES[family_name]
     base = getattr(modeling, family.base)
-    name = family.base.replace("Flash", "").replace("Attention2", "Attention").replace("SelfAttention", "Attention")
-    name = name.replace("Attention", "FlashPlusAttention")
+    name = family.name
     if family.scale is None:
         # Falcon has no inner method to replace: its flash class's forward, with our function under the global name.
         original = base.forward
@@ -137,9 +146,17 @@ _classes: dict[str, type] = {}
 def attention_class(family_name: str) -> type:
     """The ``flash_plus`` attention class of a family in :data:`~.models.CLASS_DICT_MODULES`."""
     if family_name not in _classes:
-        modeling = sys.modules[f"transformers.models.{family_name}.modeling_{family_name}"]
+        modeling = importlib.import_module(f"transformers.models.{family_name}.modeling_{family_name}")
         _classes[family_name] = _make_class(family_name, modeling)
     return _classes[family_name]
+
+
+def __getattr__(name: str) -> type:
+    """Our attention classes by name, made when they are asked for: unpickling a model needs them so."""
+    for family_name, family in FAMILIES.items():
+        if family.name == name:
+            return attention_class(family_name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def flash_attention_forward(

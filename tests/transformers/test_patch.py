@@ -151,15 +151,18 @@ def test_an_exception_midway_leaves_the_model_untouched(monkeypatch) -> None:
     assert calls == ["__class__", "__class__"] and snapshot(model) == state
 
 
-def test_copies_of_patched_models() -> None:
-    model = build("llama")
+@pytest.mark.parametrize("name", ("llama", "gpt_neo", "falcon"))
+def test_copies_of_patched_models(name: str) -> None:
+    model = build(name)
     patch_model(model)
     twin = copy.deepcopy(model)
-    expected = forward(model, "llama")
-    assert torch.equal(forward(twin, "llama"), expected)
+    expected = forward(model, name)
+    assert torch.equal(forward(twin, name), expected)
     unpatch_model(twin)
     assert twin.config._attn_implementation == "eager" and model.config._attn_implementation == "flash_plus"
-    assert torch.equal(forward(pickle.loads(pickle.dumps(model)), "llama"), expected)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(forward(again, name), expected)
+    assert unpatch_model(again) and again.config._attn_implementation == "eager"
 
 
 def test_training_continues_across_patching() -> None:

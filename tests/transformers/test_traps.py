@@ -312,6 +312,32 @@ def test_gradient_checkpointing_with_dropout() -> None:
     assert_close(grads[1], grads[0])
 
 
+@pytest.mark.parametrize("name", ("llama", "mistral", "gemma3_text", "bert"))
+def test_inference_mode(name: str) -> None:
+    """Tensors made there count no versions, and masks made there are used again in layers."""
+    eager, ours = pair(name)
+    batch = dict(input_ids=ids(), attention_mask=padding("left"))
+    expected = logits(eager, **batch)
+    with torch.inference_mode():
+        assert_close(ours(**batch).logits, expected, batch["attention_mask"])
+        if name != "bert":
+            packed = ours(input_ids=ids(), position_ids=POSITIONS, use_cache=True).logits
+            assert_close(packed, logits(eager, input_ids=ids(), position_ids=POSITIONS, use_cache=False))
+            tokens = ours.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+            assert torch.equal(tokens, eager.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False))
+    assert_close(logits(ours, **batch), expected, batch["attention_mask"])
+
+
+def test_position_ids_changed_in_place() -> None:
+    """What is remembered with ``position_ids`` is forgotten when they change."""
+    eager, ours = pair("llama")
+    positions = torch.arange(12)[None].clone()
+    for _ in range(2):
+        expected = logits(eager, input_ids=ids(), position_ids=positions, use_cache=False)
+        assert_close(logits(ours, input_ids=ids(), position_ids=positions, use_cache=True), expected)
+        positions[:, 5:] = torch.arange(7)
+
+
 def test_autocast() -> None:
     """fp32 weights under bf16 autocast."""
     model = build("llama", "flash_plus")

@@ -121,15 +121,20 @@ class AttentionInputs:
             or bias_grad
             or (sinks is not None and sinks.requires_grad)
         )
+        compiling = torch.compiler.is_compiling()
+        _, _, nheads, head_dim = self.query.shape
+        _, _, nheads_k, v_head_dim = self.value.shape
+        if compiling:
+            nheads, head_dim, nheads_k, v_head_dim = map(_constant, (nheads, head_dim, nheads_k, v_head_dim))
         return CallSignature(
             self.query.device.type,
             self.query.dtype,
-            _static(self.query.shape[3]),
-            _static(self.value.shape[3]),
-            _static(self.query.shape[2]),
-            _static(self.key.shape[2]),
+            head_dim,
+            v_head_dim,
+            nheads,
+            nheads_k,
             # Reading a symbolic length would make torch.compile specialise on it.
-            not torch.compiler.is_compiling() and self.query.shape[1] <= SHORT_QUERY,
+            not compiling and self.query.shape[1] <= SHORT_QUERY,
             mask.causal,
             mask.windowed,
             mask.row_intervals is not None,
@@ -148,9 +153,9 @@ class AttentionInputs:
         )
 
 
-def _static(size: int) -> int:
-    """A size that kernels are compiled for; ``torch.compile(dynamic=True)`` must take it for a constant, too."""
-    return len(range(size)) if torch.compiler.is_compiling() else size
+def _constant(size: int) -> int:
+    """A size that kernels are compiled for: ``torch.compile(dynamic=True)`` takes it for a constant by this."""
+    return len(range(size))
 
 
 def describe(tensor: Tensor) -> str:
@@ -172,7 +177,7 @@ def _require_tensor(name: str, value: object, optional: bool = False) -> None:
 def _layout(tensor: object) -> object:
     """All that validation reads of a tensor."""
     if not isinstance(tensor, Tensor):
-        return tensor if tensor is None else object()  # never equal to what was found valid
+        return object()  # never equal to what was found valid
     return tensor.shape, tensor.dtype, tensor.device
 
 
@@ -186,21 +191,31 @@ def validate(inputs: AttentionInputs) -> None:
         TypeError: a tensor argument is no tensor.
         ValueError: a shape, dtype, device or number is not allowed; says which, what came, what is allowed.
     """
-    mask, slopes = inputs.mask, inputs.alibi_slopes
-    if torch.compiler.is_compiling() or slopes is not None:
+    q, k, v, mask, sinks = inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks
+    if torch.compiler.is_compiling() or inputs.alibi_slopes is not None:
         _validate(inputs)
         return
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        _validate(inputs)
+        return
+    # Written out, not looped: this runs on every call.
     key = (
-        _layout(inputs.query),
-        _layout(inputs.key),
-        _layout(inputs.value),
-        _layout(mask.row_intervals),
-        _layout(mask.key_mask),
-        _layout(mask.key_holes),
-        _layout(mask.row_positions),
-        _layout(mask.bias),
-        _layout(inputs.sinks),
-        repr(mask.window),  # (2.0, 1.0) equals (2, 1), but is no window
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        q.device,
+        k.device,
+        v.device,
+        None if mask.row_intervals is None else _layout(mask.row_intervals),
+        None if mask.key_mask is None else _layout(mask.key_mask),
+        None if mask.key_holes is None else _layout(mask.key_holes),
+        None if mask.row_positions is None else _layout(mask.row_positions),
+        None if mask.bias is None else _layout(mask.bias),
+        None if sinks is None else _layout(sinks),
+        None if mask.window == (-1, -1) else repr(mask.window),  # (2.0, 1.0) equals (2, 1), but is no window
         inputs.softmax_scale,
         inputs.softcap,
         inputs.dropout_p,

@@ -110,7 +110,7 @@ def flash_plus_attention(
         None,
         s_aux,
         float(dropout),
-        deterministic=settings.deterministic(),
+        deterministic=torch.is_grad_enabled() and settings.deterministic(),
         needs_lse=wants_weights,
     )
     validate(inputs)

@@ -38,7 +38,9 @@ class TorchSdpaProvider(Provider):
         return []
 
     def forward(self, inputs: AttentionInputs) -> AttentionOutput:
-        q, k, v = (t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
+        q, k, v = inputs.query.transpose(1, 2), inputs.key.transpose(1, 2), inputs.value.transpose(1, 2)
+        batch, nheads, seqlen_q, head_dim = q.shape
+        nheads_k = k.shape[1]
         # A literal 0.0, which SDPA takes also where torch.compile(dynamic=True) has made the argument symbolic.
         dropout_p = inputs.dropout_p if inputs.dropout_p > 0.0 else 0.0
         is_causal = _flags_suffice(inputs)
@@ -46,18 +48,17 @@ class TorchSdpaProvider(Provider):
         if inputs.sinks is not None:
             k, v, mask = _append_sink(inputs, k, v, mask, is_causal)
             is_causal = False
-        grouped = True if inputs.nheads != inputs.nheads_k else False  # noqa: SIM210 (symbolic, as above)
-        if grouped and not _gqa_is_fused(q, mask):
-            groups = inputs.nheads // inputs.nheads_k
-            if inputs.seqlen_q == 1 and (mask is None or mask.shape[1] == 1):
+        if nheads != nheads_k and not _gqa_is_fused(q, mask):
+            groups = nheads // nheads_k
+            if seqlen_q == 1 and (mask is None or mask.shape[1] == 1):
                 # One token: the query heads of a group become rows, and K and V need no copy.
-                packed = q.reshape(inputs.batch, inputs.nheads_k, groups, inputs.head_dim)
+                packed = q.reshape(batch, nheads_k, groups, head_dim)
                 out = F.scaled_dot_product_attention(
                     packed, k, v, attn_mask=mask, dropout_p=dropout_p, scale=inputs.softmax_scale
                 )
-                return AttentionOutput(out.reshape(inputs.batch, 1, inputs.nheads, inputs.v_head_dim))
+                return AttentionOutput(out.reshape(batch, 1, nheads, v.shape[3]))
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-            grouped = False
+            nheads_k = nheads
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -66,7 +67,7 @@ class TorchSdpaProvider(Provider):
             dropout_p=dropout_p,
             is_causal=is_causal,
             scale=inputs.softmax_scale,
-            enable_gqa=grouped,
+            enable_gqa=True if nheads != nheads_k else False,  # noqa: SIM210 (symbolic, as above)
         )
         return AttentionOutput(out.transpose(1, 2))
 

@@ -20,14 +20,13 @@ from _common import (
     TrainArguments,
     finish,
     hold_out,
+    launch,
     load_documents,
-    make_accelerator,
     make_optimizer,
     make_tokenizer,
     parse_arguments,
     train,
 )
-from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, BertConfig, DataCollatorWithPadding
@@ -90,17 +89,19 @@ def encode(snippets: list[Document], tokenizer, labels: list[str], max_length: i
 
 
 @torch.no_grad()
-def accuracy(accelerator, model, loader) -> float:
-    """The part of the held-out snippets that the model labels right."""
+def evaluate(accelerator, model, loader, num_labels: int) -> tuple[float, float]:
+    """Accuracy on the held-out snippets of all processes, and F1 averaged over the labels that occur (macro)."""
     model.eval()
-    right = total = 0
+    counts = torch.zeros(num_labels, num_labels, dtype=torch.long)  # rows: the label, columns: what the model says
     for batch in tqdm(loader, disable=not accelerator.is_main_process, desc="eval", leave=False):
         predicted = model(**batch).logits.argmax(dim=-1)
         predicted, expected = accelerator.gather_for_metrics((predicted, batch["labels"]))
-        right += (predicted == expected).sum().item()
-        total += expected.numel()
+        pairs = (expected * num_labels + predicted).cpu()
+        counts += torch.bincount(pairs, minlength=num_labels**2).view(num_labels, num_labels)
     model.train()
-    return right / total
+    right, occurrences = counts.diagonal(), counts.sum(dim=0) + counts.sum(dim=1)
+    f1 = 2 * right[occurrences > 0] / occurrences[occurrences > 0]
+    return (right.sum() / counts.sum()).item(), f1.mean().item()
 
 
 def make_model(args: TrainArguments, sizes: BertArguments, tokenizer, labels: list[str]):
@@ -126,14 +127,12 @@ def make_model(args: TrainArguments, sizes: BertArguments, tokenizer, labels: li
         model = AutoModelForSequenceClassification.from_config(config, attn_implementation=args.attn_implementation)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return model
+    return torch.compile(model, backend=args.compile_backend) if args.compile else model
 
 
-def main(argv: list[str] | None = None) -> dict:
+def run(accelerator, arguments: tuple) -> dict:
     """Train, evaluate before and after; returns what ``result.json`` holds."""
-    data, args, sizes = arguments = parse_arguments(DataArguments, TrainArguments, BertArguments, argv=argv)
-    accelerator = make_accelerator(args)
-    set_seed(args.seed)
+    data, args, sizes = arguments
     documents = load_documents(data, args.seed)
     labels = choose_labels(documents, sizes.num_labels)
     train_documents, eval_documents = hold_out([d for d in documents if d.label in labels], data.eval_fraction)
@@ -153,13 +152,19 @@ def main(argv: list[str] | None = None) -> dict:
     model, optimizer, train_loader, eval_loader = accelerator.prepare(
         model, make_optimizer(model, args), train_loader, eval_loader
     )
-    extra = {"labels": labels, "accuracy_start": accuracy(accelerator, model, eval_loader)}
-    log = train(accelerator, model, optimizer, train_loader, args)
-    extra["accuracy_end"] = accuracy(accelerator, model, eval_loader)
-    accelerator.print(
-        f"accuracy     {extra['accuracy_start']:.3f} -> {extra['accuracy_end']:.3f} (held out, {len(labels)} labels)"
-    )
+    accuracy_start, f1_start = evaluate(accelerator, model, eval_loader, len(labels))
+    log = train(accelerator, model, optimizer, train_loader, args, causal=False)
+    accuracy_end, f1_end = evaluate(accelerator, model, eval_loader, len(labels))
+    extra = {"labels": labels, "accuracy_start": accuracy_start, "accuracy_end": accuracy_end}
+    extra |= {"f1_start": f1_start, "f1_end": f1_end}
+    accelerator.print(f"accuracy     {accuracy_start:.3f} -> {accuracy_end:.3f} (held out, {len(labels)} labels)")
+    accelerator.print(f"F1           {f1_start:.3f} -> {f1_end:.3f} (mean over the labels)")
     return finish(accelerator, model, tokenizer, log, arguments, extra)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run with the arguments of the command line."""
+    return launch(run, parse_arguments(DataArguments, TrainArguments, BertArguments, argv=argv))
 
 
 if __name__ == "__main__":

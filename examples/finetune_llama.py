@@ -2,15 +2,21 @@
 
     accelerate launch examples/finetune_llama.py configs/train/llama_demo.yaml
     python examples/finetune_llama.py --model_name_or_path <model> --train_file corpus.jsonl --mixed_precision bf16
+    python examples/finetune_llama.py configs/train/llama_demo.yaml --compare flash_plus,sdpa
 
-Every row is full: documents follow each other without padding, each with ``position_ids`` from 0, and attention stays
-within a document. Evaluation is on held-out documents, in bits per byte (comparable between tokenizers).
+``--packing`` says what a batch is; attention stays within a document in each:
+    packed        full rows: documents follow each other, each with ``position_ids`` from 0
+    padding_free  one row of whole documents (DataCollatorWithFlattening), their bounds in ``cu_seq_lens``
+    padded        a document per row, padded on the right, with an ``attention_mask``
+Evaluation is on held-out documents, packed, in bits per byte (comparable between tokenizers).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Literal
 
 import torch
 from _common import (
@@ -19,17 +25,17 @@ from _common import (
     TrainArguments,
     finish,
     hold_out,
+    launch,
     load_documents,
-    make_accelerator,
     make_optimizer,
     make_tokenizer,
     parse_arguments,
+    tensor_parallel,
     train,
 )
-from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, LlamaConfig
 
 
 @dataclasses.dataclass
@@ -41,7 +47,10 @@ class LlamaArguments:
     num_layers: int = dataclasses.field(default=4, metadata={"help": "layers"})
     num_heads: int = dataclasses.field(default=8, metadata={"help": "attention heads"})
     num_kv_heads: int = dataclasses.field(default=4, metadata={"help": "heads of keys and values"})
-    seq_length: int = dataclasses.field(default=512, metadata={"help": "tokens per row"})
+    seq_length: int = dataclasses.field(default=512, metadata={"help": "tokens per row, and per document"})
+    packing: Literal["packed", "padding_free", "padded"] = dataclasses.field(
+        default="packed", metadata={"help": "what a batch is (see above)"}
+    )
     max_eval_rows: int = dataclasses.field(default=64, metadata={"help": "rows evaluated; 0: all held-out text"})
     lora_rank: int = dataclasses.field(default=0, metadata={"help": "train LoRA adapters of this rank (needs peft)"})
     prompt: str = dataclasses.field(default="def __init__(self", metadata={"help": "what the sample starts with"})
@@ -81,6 +90,35 @@ def pack(documents: list[Document], tokenizer, seq_length: int) -> list[dict]:
     return rows
 
 
+def cut(documents: list[Document], tokenizer, seq_length: int) -> list[dict]:
+    """Rows of at most ``seq_length`` tokens, a document or a piece of one each, for the modes that do not pack."""
+    eos = tokenizer.eos_token_id
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos
+    rows = []
+    for tokens in tokenizer([d.text for d in documents], add_special_tokens=False)["input_ids"]:
+        tokens = [*tokens, eos]
+        for start in range(0, len(tokens), seq_length - 1):
+            rows.append({"input_ids": [bos, *tokens[start : start + seq_length - 1]]})
+    return rows
+
+
+def collate_padded(rows: list[dict], pad: int) -> dict:
+    """A document per row, padded on the right to a multiple of 8; neither padding nor a first token is predicted."""
+    width = -(-max(len(row["input_ids"]) for row in rows) // 8) * 8
+    batch = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row in rows:
+        ids, fill = row["input_ids"], width - len(row["input_ids"])
+        batch["input_ids"].append(ids + [pad] * fill)
+        batch["attention_mask"].append([1] * len(ids) + [0] * fill)
+        batch["labels"].append([-100, *ids[1:]] + [-100] * fill)
+    return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+def collate_padding_free(rows: list[dict]) -> dict:
+    """All documents in one row without padding, as flash-attn's varlen functions take them."""
+    return {**DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows), "use_cache": False}
+
+
 def collate(rows: list[dict], extra: tuple[str, ...] = ()) -> dict:
     """Stack rows; ``use_cache=False`` because Transformers looks for packed documents only without a cache."""
     keys = ("input_ids", "position_ids", "labels", *extra)
@@ -104,13 +142,10 @@ def bits_per_byte(accelerator, model, loader) -> float:
     return nats / math.log(2) / num_bytes
 
 
-def make_model(args: TrainArguments, sizes: LlamaArguments, tokenizer):
+def make_model(accelerator, args: TrainArguments, sizes: LlamaArguments, tokenizer):
     """The pretrained model, or a fresh LLaMA, with the attention implementation of the arguments."""
-    if args.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path, attn_implementation=args.attn_implementation, dtype=torch.float32
-        )
-    else:
+    path, parallel = args.model_name_or_path, tensor_parallel(accelerator)
+    if not path:
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=sizes.hidden_size,
@@ -126,6 +161,15 @@ def make_model(args: TrainArguments, sizes: LlamaArguments, tokenizer):
             pad_token_id=tokenizer.pad_token_id,
         )
         model = AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation)
+        if parallel:  # only a saved model can be loaded in parts
+            path = str(Path(args.output_dir) / "fresh")
+            if accelerator.is_main_process:
+                model.save_pretrained(path)
+            accelerator.wait_for_everyone()
+    if path:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, attn_implementation=args.attn_implementation, dtype=torch.float32, **parallel
+        )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if sizes.lora_rank:
@@ -135,12 +179,12 @@ def make_model(args: TrainArguments, sizes: LlamaArguments, tokenizer):
             model.enable_input_require_grads()
         lora = LoraConfig(r=sizes.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
-    return model
+    return torch.compile(model, backend=args.compile_backend) if args.compile else model
 
 
 def generate_sample(accelerator, model, tokenizer, sizes: LlamaArguments) -> str:
     """The prompt and its continuation; all processes take part (sharded models need them)."""
-    model = accelerator.unwrap_model(model).eval()
+    model = accelerator.unwrap_model(model, keep_torch_compile=False).eval()
     prompt = tokenizer(sizes.prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     if tokenizer.bos_token_id is not None:
         prompt = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), prompt], dim=1)
@@ -156,19 +200,22 @@ def generate_sample(accelerator, model, tokenizer, sizes: LlamaArguments) -> str
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def main(argv: list[str] | None = None) -> dict:
+def run(accelerator, arguments: tuple) -> dict:
     """Train, evaluate before and after, generate; returns what ``result.json`` holds."""
-    data, args, sizes = arguments = parse_arguments(DataArguments, TrainArguments, LlamaArguments, argv=argv)
-    accelerator = make_accelerator(args)
-    set_seed(args.seed)
+    data, args, sizes = arguments
     train_documents, eval_documents = hold_out(load_documents(data, args.seed), data.eval_fraction)
     tokenizer = make_tokenizer(args, [document.text for document in train_documents])
-    train_rows = pack(train_documents, tokenizer, sizes.seq_length)
+    rows_of, train_collate = {
+        "packed": (pack, collate),
+        "padding_free": (cut, collate_padding_free),
+        "padded": (cut, lambda rows: collate_padded(rows, tokenizer.pad_token_id)),
+    }[sizes.packing]
+    train_rows = rows_of(train_documents, tokenizer, sizes.seq_length)
     eval_rows = pack(eval_documents, tokenizer, sizes.seq_length)[: sizes.max_eval_rows or None]
     if not train_rows or not eval_rows:
         raise SystemExit(f"too little text for rows of {sizes.seq_length} tokens: use a smaller --seq_length")
-    model = make_model(args, sizes, tokenizer)
-    train_loader = DataLoader(train_rows, batch_size=args.batch_size, shuffle=True, collate_fn=collate)
+    model = make_model(accelerator, args, sizes, tokenizer)
+    train_loader = DataLoader(train_rows, batch_size=args.batch_size, shuffle=True, collate_fn=train_collate)
     eval_loader = DataLoader(
         eval_rows, batch_size=args.batch_size, collate_fn=lambda rows: collate(rows, extra=("num_bytes",))
     )
@@ -177,13 +224,18 @@ def main(argv: list[str] | None = None) -> dict:
         model, make_optimizer(model, args), train_loader, eval_loader
     )
     extra = {"bits_per_byte_start": bits_per_byte(accelerator, model, eval_loader)}
-    log = train(accelerator, model, optimizer, train_loader, args)
+    log = train(accelerator, model, optimizer, train_loader, args, causal=True)
     extra["bits_per_byte_end"] = bits_per_byte(accelerator, model, eval_loader)
     accelerator.print(f"bits/byte    {extra['bits_per_byte_start']:.3f} -> {extra['bits_per_byte_end']:.3f} (held out)")
     if sizes.max_new_tokens:
         extra["sample"] = generate_sample(accelerator, model, tokenizer, sizes)
         accelerator.print("sample       " + extra["sample"].replace("\n", "\n             "))
     return finish(accelerator, model, tokenizer, log, arguments, extra)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run with the arguments of the command line."""
+    return launch(run, parse_arguments(DataArguments, TrainArguments, LlamaArguments, argv=argv))
 
 
 if __name__ == "__main__":

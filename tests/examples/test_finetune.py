@@ -42,6 +42,9 @@ COMMON_KEYS = {
     "loss_end",
     "tokens_per_second",
     "peak_memory_bytes",
+    "tflops_per_device",
+    "mfu",
+    "engine",
     "train_seconds",
     "losses",
     "versions",
@@ -54,6 +57,7 @@ def _fresh_state():
     """The scripts run in this process: each gets an Accelerator of its own, and no provider of an earlier test."""
     hf_flash_plus.dispatch.clear_cache()
     yield
+    torch.use_deterministic_algorithms(False)
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -92,6 +96,142 @@ def test_llama_equals_eager_on_packed_rows(tmp_path):
         for name in ("flash_plus", "eager")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def documents_of_one_length(path: Path, count: int, length: int) -> Path:
+    """A corpus of texts of different letters but ``length`` bytes each."""
+    texts = [(chr(97 + i % 26) + "ab cd ef gh "[i % 12 :]) * length for i in range(count)]
+    path.write_text("".join(json.dumps({"text": text[:length]}) + "\n" for text in texts))
+    return path
+
+
+def test_the_three_ways_to_batch_see_the_same_documents(tmp_path):
+    """Eight documents that fill four rows exactly, all in each batch: only the shape of the batch differs."""
+    corpus = documents_of_one_length(tmp_path / "corpus.jsonl", 10, 30)  # <bos> and <eos> make 32 tokens of each
+    options = [*TINY_LLAMA, "--train_file", str(corpus), "--vocab_size", "261", "--max_new_tokens", "0"]
+    options += ["--eval_fraction", "0.2"]
+    packed, free, padded = (
+        run(finetune_llama, [*options, "--packing", mode, "--batch_size", str(rows)], tmp_path / mode, steps=4)
+        for mode, rows in (("packed", 4), ("padding_free", 8), ("padded", 8))
+    )
+    assert packed["losses"] == pytest.approx(free["losses"], rel=1e-5)
+    assert packed["losses"] == pytest.approx(padded["losses"], rel=1e-5)
+    assert packed["bits_per_byte_end"] == pytest.approx(free["bits_per_byte_end"], rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", ["padding_free", "padded"])
+def test_llama_equals_eager_without_packing(packing, tmp_path):
+    """Documents of different lengths: more than one width of padding, and of flattened rows."""
+    options = [*TINY_LLAMA, "--packing", packing, "--compare", "flash_plus,eager", "--max_new_tokens", "0"]
+    finetune_llama.main([*options, "--max_steps", "4", "--output_dir", str(tmp_path)])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["largest_loss_gap"] < 1e-3
+
+
+def test_batches_of_the_modes_that_do_not_pack():
+    documents = [_common.Document("ab" * n, "") for n in (2, 20)]
+    tokenizer = _common.make_tokenizer(_common.TrainArguments(vocab_size=261), [d.text for d in documents])
+    rows = finetune_llama.cut(documents, tokenizer, seq_length=32)
+    assert [len(row["input_ids"]) for row in rows] == [6, 32, 11]
+    padded = finetune_llama.collate_padded(rows, tokenizer.pad_token_id)
+    assert padded["input_ids"].shape == (3, 32)
+    assert padded["attention_mask"].sum(1).tolist() == [6, 32, 11]
+    assert (padded["labels"] != -100).sum(1).tolist() == [5, 31, 10]
+    free = finetune_llama.collate_padding_free(rows)
+    assert free["input_ids"].shape == (1, 49)
+    assert free["cu_seq_lens_q"].tolist() == [0, 6, 38, 49]
+    pairs = 6 * 7 // 2 + 32 * 33 // 2 + 11 * 12 // 2
+    assert _common.attended_pairs(free, causal=True) == _common.attended_pairs(padded, causal=True) == pairs
+    assert _common.attended_pairs(padded, causal=False) == 6**2 + 32**2 + 11**2
+
+
+def test_compare_trains_with_both_and_plots_both(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    options = [*TINY_LLAMA, "--compare", "flash_plus,sdpa", "--max_steps", "5", "--output_dir", str(tmp_path)]
+    finetune_llama.main(options)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["compare"] == ["flash_plus", "sdpa"]
+    assert [run["attn_implementation"] for run in result["runs"].values()] == ["flash_plus", "sdpa"]
+    assert [run["providers"] for run in result["runs"].values()] == [["torch_sdpa"], []]
+    first, second = (run["losses"] for run in result["runs"].values())
+    assert len(first) == 5
+    assert first == pytest.approx(second, rel=1e-4)
+    assert result["largest_loss_gap"] == max(abs(a - b) for a, b in zip(first, second))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "losses       differ by at most" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--compare"):
+        finetune_llama.main([*options, "--save_model"])
+
+
+def test_plot_without_matplotlib_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    _common.plot_losses(tmp_path / "loss.png", {"flash_plus": [1.0]})
+    assert not list(tmp_path.iterdir())
+    assert "no loss.png: matplotlib is not installed (pip install matplotlib)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compile_and_deterministic(tmp_path, monkeypatch):
+    """What torch.compile captures (aot_eager: no C++ compiler needed) trains as eager code does."""
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "0")  # so that it is taken back afterwards
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    tiny = [*TINY_LLAMA, "--max_eval_rows", "4"]  # one shape in all
+    eager = run(finetune_llama, [*tiny, "--deterministic"], tmp_path / "eager", steps=3)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
+    torch.use_deterministic_algorithms(False)
+    options = [*tiny, "--compile", "--compile_backend", "aot_eager", "--save_model"]
+    compiled = run(finetune_llama, options, tmp_path / "compiled", steps=3)
+    torch._dynamo.reset()
+    assert compiled["losses"] == pytest.approx(eager["losses"], rel=1e-4)
+    assert compiled["sample"].startswith("def __init__(self")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "compiled" / "model.safetensors", "pt") as saved:
+        assert not any("_orig_mod" in key for key in saved.keys())  # noqa: SIM118 (no mapping)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_lora_with_gradient_checkpointing_equals_sdpa(precision, tmp_path):
+    """PEFT leaves norms in fp32; recomputed activations need inputs that require gradients."""
+    pytest.importorskip("peft")
+    options = [*TINY_LLAMA, "--lora_rank", "4", "--gradient_checkpointing", "--mixed_precision", precision]
+    options += ["--compare", "flash_plus,sdpa", "--max_new_tokens", "0", "--max_steps", "4"]
+    finetune_llama.main([*options, "--output_dir", str(tmp_path)])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["largest_loss_gap"] < (1e-3 if precision == "no" else 2e-2)
+    assert len(set(result["runs"]["flash_plus"]["losses"])) == 4
+
+
+def test_flops_count_all_projections_and_half_of_causal_attention():
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    per_token, per_pair = _common.training_flops(model)
+    layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64
+    assert per_token == 6 * (2 * layer + 32 * 100)
+    assert per_pair == 2 * 12 * 32
+    batch = {"position_ids": torch.arange(64)[None], "input_ids": torch.zeros(1, 64)}
+    assert _common.attended_pairs(batch, causal=True) == 64 * 65 // 2
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert _common.training_flops(adapted)[0] == 4 * (2 * layer + 32 * 100) + 6 * 2 * (32 + 32)
+
+
+def test_mfu_needs_a_known_peak(tmp_path):
+    unknown = run(finetune_llama, TINY_LLAMA, tmp_path / "unknown", steps=2)
+    known = run(finetune_llama, [*TINY_LLAMA, "--peak_tflops", "2"], tmp_path / "known", steps=2)
+    assert unknown["mfu"] is None
+    assert known["mfu"] == pytest.approx(known["tflops_per_device"] / 2)
+    assert 0 < known["mfu"] < 1
 
 
 def test_same_seed_same_training(tmp_path):
@@ -159,6 +299,42 @@ def test_bert_on_a_dataset_of_whole_documents(tmp_path):
     result = run(finetune_bert, [*options, "--snippets_per_label", "0"], tmp_path, steps=15)
     assert result["labels"] == ["animals", "colours"]
     assert result["accuracy_end"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_bert_from_a_file_of_labelled_rows_reports_accuracy_and_f1(kind, tmp_path):
+    words = {"colours": "red green blue", "animals": "cat dog horse"}
+    rows = [{"text": f"{words[label]} {i}", "label": label} for i in range(40) for label in words]
+    path = tmp_path / f"train.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    options = [*TINY_BERT, "--train_file", str(path), "--snippets_per_label", "0"]
+    result = run(finetune_bert, options, tmp_path, steps=15)
+    assert result["labels"] == ["animals", "colours"]
+    assert result["accuracy_end"] == result["f1_end"] == 1.0
+
+
+def test_accuracy_and_f1_of_known_predictions():
+    from types import SimpleNamespace
+
+    from accelerate import Accelerator
+
+    class Model(torch.nn.Module):
+        def forward(self, says, labels):
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(says, 4).float())
+
+    expected, says = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 2]  # label 3 never occurs
+    rows = [{"says": s, "labels": e} for s, e in zip(says, expected)]
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(torch.utils.data.DataLoader(rows, batch_size=4))
+    accuracy, f1 = finetune_bert.evaluate(accelerator, Model(), loader, 4)
+    assert accuracy == pytest.approx(4 / 6)
+    assert f1 == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
 
 
 def test_yaml_file_gives_defaults_and_unknown_names_are_errors(tmp_path, capsys):
@@ -241,6 +417,7 @@ def test_bits_per_byte_of_a_uniform_model():
     assert value == pytest.approx(3 * 8 * 8 / (4 + 5 + 6))
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Under `torchrun` with two processes: gradients and metrics are those of both."""

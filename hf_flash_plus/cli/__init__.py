@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .bench import bench
+from .coverage import coverage
 from .explain import explain
 from .info import info
 
@@ -15,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for _verb in (info, explain, bench):
+for _verb in (info, explain, bench, coverage):
     app.command()(_verb)
 
 

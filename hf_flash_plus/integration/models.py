@@ -36,6 +36,12 @@ ADDITIVE_MASK_MODELS: dict[str, str] = {
     "deepseek_v4": "appends the bias of its compressed keys to the mask",
 }
 
+#: Families (as above) that would be computed wrongly, and why: they keep their own attention.
+UNSUPPORTED_MODELS: dict[str, str] = {
+    "bridgetower": "its image stream passes no mask to layers whose is_causal flag is set, and means full attention",
+    "diffusion_gemma": "its decoder passes no mask beside a sliding_window, and means full attention",
+}
+
 #: Modeling modules that choose their attention class from a dictionary when a layer is built, and call
 #: ``_flash_attention_forward`` directly: ``class_dict.py`` teaches their flash class our masks.
 CLASS_DICT_MODULES: dict[str, str] = {
@@ -48,13 +54,15 @@ CLASS_DICT_MODULES: dict[str, str] = {
 
 def dense_mask_kind(config: Any) -> str | None:
     """``"bool"`` or ``"additive"`` where the model of this config reads its masks, so that they must be dense."""
-    model_type = getattr(config, "model_type", None)
-    if not isinstance(model_type, str):
-        return None
     for kind, families in (("bool", DENSE_MASK_MODELS), ("additive", ADDITIVE_MASK_MODELS)):
-        if any(model_type == name or model_type.startswith(name + "_") for name in families):
+        if any(_is_of_family(config, name) for name in families):
             return kind
     return None
+
+
+def _is_of_family(config: Any, family: str) -> bool:
+    model_type = getattr(config, "model_type", None)
+    return isinstance(model_type, str) and (model_type == family or model_type.startswith(family + "_"))
 
 
 def class_dict_family(module_name: str) -> str | None:
@@ -93,4 +101,7 @@ def unsupported_reason(model: Any) -> str | None:
     module_name = type(model).__module__
     if class_dict_family(module_name) == "falcon" and getattr(model.config, "alibi", False):
         return "Falcon with ALiBi adds its bias to a dense mask that its flash attention class never sees"
+    for name, reason in UNSUPPORTED_MODELS.items():
+        if _is_of_family(model.config, name):
+            return reason
     return _module_reason(module_name)

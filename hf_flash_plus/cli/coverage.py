@@ -1,0 +1,135 @@
+"""``hf-flash-plus coverage``: every model type of the installed Transformers, ``flash_plus`` against eager."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import make_console
+
+if TYPE_CHECKING:
+    from ..coverage.record import Record
+    from ..coverage.worker import Row
+
+
+class SweepDtype(str, Enum):
+    """The dtypes of ``--dtype``."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+def coverage(
+    models: Annotated[str, typer.Option(help="Model types, separated by commas [default: all].")] = "",
+    checks: Annotated[str, typer.Option(help="Checks, separated by commas [default: all].")] = "",
+    subset: Annotated[Path | None, typer.Option(help="A file of model types, one a line; or 'ci'.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Subprocesses, with one thread each.")] = 2,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a model type is given up.")] = 240.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        SweepDtype, typer.Option(help="fp32 against eager; bf16, fp16 against fp32 eager.")
+    ] = SweepDtype.fp32,
+    output: Annotated[Path | None, typer.Option(help="Write the results there as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the results there as a Markdown page.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Keep the other rows that --output already has.")] = False,
+    from_json: Annotated[Path | None, typer.Option(help="Run nothing: take the results of an earlier run.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Fail where an earlier run's results are better.")] = None,
+) -> None:
+    """Compare flash_plus with eager on every model type. Exit code 1: something differs, or is lost."""
+    from ..coverage.record import Record, losses, summarize
+
+    record = Record.load(from_json) if from_json is not None else _sweep(
+        models, checks, subset, processes, timeout, device, dtype.value
+    )  # fmt: skip
+    if output is not None:
+        if update and output.exists():
+            try:
+                record = Record.load(output).updated(record)
+            except ValueError as problem:
+                typer.echo(f"error: {problem}", err=True)
+                raise typer.Exit(2) from None
+        record.save(output)
+    if report is not None:
+        from ..coverage.report import render
+
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(render(record))
+    summary = summarize(record.rows)
+    console = make_console()
+    console.print(
+        f"{summary.total} model types: {summary.run} run; {summary.switched} switch, {summary.exact} of them exact in "
+        f"every check, {summary.partly} refuse some; {summary.refused} refused; {summary.idle} never call attention; "
+        f"{summary.different} differ"
+    )
+    lost = losses(Record.load(against), record.rows) if against is not None else []
+    for line in lost:
+        console.print(f"lost: {line}", markup=False)
+    if summary.different or lost:
+        raise typer.Exit(1)
+
+
+def _sweep(
+    models: str, checks: str, subset: Path | None, processes: int, timeout: float, device: str, dtype: str
+) -> Record:
+    import torch
+
+    from ..coverage.cells import CHECKS
+    from ..coverage.find import model_types
+    from ..coverage.pool import run_all
+    from ..coverage.record import Record, make_header
+    from ..coverage.subject import Settings
+
+    wanted = _names(models) or (_subset(subset) if subset is not None else [])
+    known = model_types()
+    unknown = [name for name in wanted if name not in known]
+    chosen_checks = _names(checks) or list(CHECKS)
+    bad_checks = [name for name in chosen_checks if name not in CHECKS]
+    if bad_checks or (unknown and models):
+        typer.echo(f"error: unknown {', '.join(bad_checks or unknown)}; checks are {', '.join(CHECKS)}.", err=True)
+        raise typer.Exit(2)
+    chosen = [name for name in known if name in wanted] if wanted else known
+    settings = Settings(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    _quiet()
+    console = make_console()
+    done = 0
+
+    def show(row: Row, seconds: float) -> None:
+        nonlocal done
+        done += 1
+        console.print(f"{done}/{len(chosen)} {_describe(row)} ({seconds:.1f} s)", markup=False, highlight=False)
+        console.file.flush()
+
+    rows = run_all(chosen, chosen_checks, settings, processes, timeout, show)
+    return Record(make_header(settings, chosen_checks), rows)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _subset(path: Path) -> list[str]:
+    if str(path) == "ci":
+        path = Path("tests/transformers/coverage_ci.txt")
+    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    return [line for line in lines if line]
+
+
+def _quiet() -> None:
+    """The warnings of refused models go into the record, not onto the screen."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("hf_flash_plus").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+
+
+def _describe(row: Row) -> str:
+    if not row.runs:
+        return f"{row.model_type}: not run: {row.reason}"
+    words = [f"{name} {cell.outcome}" for name, cell in row.cells.items() if cell.outcome != "exact"]
+    return f"{row.model_type}: {row.outcome()}" + (f" ({', '.join(words)})" if words else "")

@@ -1,0 +1,136 @@
+"""Rows in subprocesses: a crash, a hang or a full memory costs one row."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from .cells import DIFFERENT, Cell
+from .subject import Settings
+from .worker import Row, run_row
+
+#: Rows a process does before a fresh one takes its place: the modules that models import pile up.
+ROWS_PER_PROCESS = 40
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    model_type: str | None = None
+    since: float = 0.0
+    done: int = 0
+
+
+def _serve(pipe: Connection, checks: Sequence[str], settings: Settings) -> None:
+    """The loop of a worker process: a model type in, a row out."""
+    import warnings
+
+    import torch
+    from huggingface_hub import constants
+    from transformers.utils import logging
+
+    constants.HF_HUB_OFFLINE = True  # nothing is downloaded: every configuration is made up
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    gc.freeze()  # collecting what the libraries hold would take longer than most models
+    while True:
+        model_type = pipe.recv()
+        if model_type is None:
+            return
+        pipe.send(run_row(model_type, checks, settings))
+        gc.collect()
+
+
+def run_all(
+    model_types: Sequence[str],
+    checks: Sequence[str],
+    settings: Settings,
+    processes: int = 2,
+    timeout: float = 240.0,
+    report: Callable[[Row, float], None] | None = None,
+) -> list[Row]:
+    """All rows, in the order of ``model_types``.
+
+    Args:
+        timeout: seconds after which a row is given up.
+        report: called with each row and its seconds as they come.
+    """
+    rows: dict[str, Row] = {}
+    for row, seconds in _rows(model_types, checks, settings, processes, timeout):
+        rows[row.model_type] = row
+        if report is not None:
+            report(row, seconds)
+    return [rows[name] for name in model_types if name in rows]
+
+
+def _rows(
+    model_types: Sequence[str], checks: Sequence[str], settings: Settings, processes: int, timeout: float
+) -> Iterator[tuple[Row, float]]:
+    # A forked process has the libraries imported already; but CUDA does not survive a fork.
+    forks = hasattr(os, "fork") and settings.device == "cpu"
+    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
+
+    def start() -> _Worker:
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(there, list(checks), settings), daemon=True)
+        process.start()
+        there.close()
+        return _Worker(process, here)
+
+    waiting = list(reversed(model_types))
+    workers = [start() for _ in range(max(1, min(processes, len(waiting))))]
+    try:
+        while waiting or any(worker.model_type for worker in workers):
+            for index, worker in enumerate(workers):
+                if worker.model_type is None and waiting:
+                    if worker.done >= ROWS_PER_PROCESS:
+                        _stop(worker)
+                        worker = workers[index] = start()
+                    worker.model_type, worker.since = waiting.pop(), time.monotonic()
+                    worker.pipe.send(worker.model_type)
+            busy = [worker for worker in workers if worker.model_type]
+            ready = wait([worker.pipe for worker in busy], timeout=1.0)
+            for worker in busy:
+                name = worker.model_type
+                assert name is not None
+                seconds = time.monotonic() - worker.since
+                if worker.pipe in ready:
+                    try:
+                        row = worker.pipe.recv()
+                        worker.model_type, worker.done = None, worker.done + 1
+                        yield row, seconds
+                        continue
+                    except (EOFError, OSError):
+                        worker.process.join(5)
+                        row = _lost(name, f"the process ended with code {worker.process.exitcode}")
+                elif seconds > timeout:
+                    row = _lost(name, f"no result after {timeout:.0f} seconds")
+                else:
+                    continue
+                _stop(worker)
+                workers[workers.index(worker)] = start()
+                yield row, seconds
+    finally:
+        for worker in workers:
+            _stop(worker)
+
+
+def _lost(model_type: str, reason: str) -> Row:
+    """The row of a process that did not answer: a failure until it is understood."""
+    return Row(model_type, runs=True, cells={"forward": Cell(DIFFERENT, note=reason)})
+
+
+def _stop(worker: _Worker) -> None:
+    worker.process.kill()
+    worker.process.join()
+    worker.pipe.close()

@@ -1,0 +1,186 @@
+"""The coverage sweep on a representative subset, against its record; and unit tests of comparing and reporting.
+
+The subset (``coverage_ci.txt``) takes about two minutes of each of two cores. The full sweep is one command:
+``hf-flash-plus coverage --output tests/transformers/coverage.json --report COVERAGE.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from hf_flash_plus.coverage.cells import CHECKS, DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
+from hf_flash_plus.coverage.compare import collect, error, identical, real_positions
+from hf_flash_plus.coverage.find import model_types
+from hf_flash_plus.coverage.inputs import padding
+from hf_flash_plus.coverage.pool import run_all
+from hf_flash_plus.coverage.record import Record, losses, make_header, summarize
+from hf_flash_plus.coverage.report import render
+from hf_flash_plus.coverage.subject import Settings
+from hf_flash_plus.coverage.tiny_configs import tiny_config
+from hf_flash_plus.coverage.worker import Row, run_row
+
+HERE = Path(__file__).parent
+RECORD = HERE / "coverage.json"
+SUBSET = HERE / "coverage_ci.txt"
+
+
+def _subset() -> list[str]:
+    lines = (line.partition("#")[0].strip() for line in SUBSET.read_text().splitlines())
+    return [line for line in lines if line]
+
+
+def _record() -> Record:
+    return Record.load(RECORD)
+
+
+@pytest.mark.slow
+def test_subset_loses_nothing() -> None:
+    """No model type of the subset differs from eager, stops running, or is exact in fewer checks than recorded."""
+    record = _record()
+    known = model_types()
+    rows = run_all([name for name in _subset() if name in known], list(CHECKS), Settings(), processes=2)
+    if record.header["versions"]["transformers"] != transformers.__version__:
+        # Another version may not have a class or a check; what runs must still not differ.
+        record.rows = []
+    found = losses(record, rows)
+    assert not found, "\n".join(found)
+    assert sum(row.runs for row in rows) >= 0.95 * len(rows)
+
+
+def test_record_has_no_difference() -> None:
+    record = _record()
+    assert record.header["checks"] == list(CHECKS)
+    assert record.header["dtype"] == "float32"
+    assert not [row.model_type for row in record.rows if row.outcome() == DIFFERENT]
+    assert summarize(record.rows).run >= 480
+    assert set(_subset()) <= {row.model_type for row in record.rows if row.runs}
+
+
+def test_page_is_the_record() -> None:
+    """COVERAGE.md is regenerated whenever coverage.json is."""
+    page = (HERE.parents[1] / "COVERAGE.md").read_text()
+    assert page == render(_record())
+
+
+def test_a_crash_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from hf_flash_plus.coverage import pool
+
+    def run(model_type: str, checks: list[str], settings: Settings) -> Row:
+        if model_type == "crashes":
+            os._exit(3)
+        if model_type == "hangs":
+            import time
+
+            time.sleep(60)
+        return Row(model_type, runs=True, cells={"forward": Cell(EXACT, 1e-7)})
+
+    monkeypatch.setattr(pool, "run_row", run)
+    rows = pool.run_all(["a", "crashes", "hangs", "b"], ["forward"], Settings(), processes=2, timeout=3)
+    outcomes = {row.model_type: row.outcome() for row in rows}
+    assert outcomes == {"a": EXACT, "crashes": DIFFERENT, "hangs": DIFFERENT, "b": EXACT}
+    assert "code 3" in rows[1].cells["forward"].note and "3 seconds" in rows[2].cells["forward"].note
+
+
+def test_a_wrong_mask_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness itself: an attention that ignores its mask is DIFFERENT in every check that has one."""
+    from transformers.modeling_utils import AttentionInterface
+
+    from hf_flash_plus.integration.attention import flash_plus_attention
+
+    def blind(module, query, key, value, attention_mask=None, **kwargs):  # type: ignore[no-untyped-def]
+        return flash_plus_attention(module, query, key, value, None, is_causal=False, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_plus", blind)
+    row = run_row("llama", list(CHECKS), Settings())
+    wrong = {name for name, cell in row.cells.items() if cell.outcome == DIFFERENT}
+    assert wrong == {"forward", "left", "right", "inner", "gradients", "packed", "generate", "static"}
+
+
+def test_low_precision_is_bounded_by_eager() -> None:
+    row = run_row("llama", ["forward", "left", "gradients", "generate"], Settings(dtype=torch.bfloat16))
+    assert row.calls and {cell.outcome for cell in row.cells.values()} == {EXACT}
+    assert all(cell.eager > 1e-4 for cell in row.cells.values())
+
+
+def test_refused_models_keep_their_attention() -> None:
+    row = run_row("bloom", list(CHECKS), Settings())
+    assert row.refused and row.outcome() == REFUSED
+    assert "BloomForCausalLM" in row.cells["forward"].note
+
+
+def test_error() -> None:
+    one = {"x": torch.tensor([1.0, 2.0])}
+    assert error(one, {"x": torch.tensor([1.0, 2.1])}) == pytest.approx(0.05)
+    assert error(one, {"x": torch.tensor([1.0])}) == math.inf
+    assert error(one, {"x": torch.tensor([1.0, math.nan])}) == math.inf
+    assert error({"x": torch.tensor([1.0, math.nan])}, {"x": torch.tensor([1.0, math.nan])}) == 0
+    assert error({"x": torch.tensor([1.0, -math.inf])}, {"x": torch.tensor([1.0, math.inf])}) == math.inf
+    assert error(one, {"x": torch.tensor([1.0, 9.0])}, keep={"x": torch.tensor([True, False])}) == 0
+    assert error(one, {"y": one["x"]}) == math.inf
+    small = {"x": torch.tensor([1e-9]), "big": torch.tensor([1.0])}
+    assert error(small, {**small, "x": torch.tensor([2e-9])}, floor=1e-2) < 1e-6
+
+
+def test_collect_and_real_positions() -> None:
+    output = {"logits": torch.zeros(2, 12, 3), "hidden_states": (torch.ones(2, 12, 3),), "past_key_values": object(),
+        "pooled": torch.zeros(2, 3), "router": torch.zeros(24, 4), "ids": torch.zeros(2, dtype=torch.long)}  # fmt: skip
+    found = collect(output)
+    assert set(found) == {"logits", "hidden_states.0", "pooled", "router"}
+    keep, unclear = real_positions(found, [padding("left")])
+    assert unclear == ["pooled"]
+    assert found["logits"][keep["logits"]].shape == (20, 3) and found["router"][keep["router"]].shape == (20, 4)
+    assert identical(found, found) and not identical(found, {})
+
+
+def test_tiny_configs() -> None:
+    config = tiny_config("gemma3")
+    assert config.text_config.layer_types == ["sliding_attention", "full_attention"]
+    assert config.text_config.vocab_size == 300 and config.image_token_id < 300
+    first, second = (tiny_config("qwen2_vl") for _ in range(2))
+    assert first.to_dict() == second.to_dict()
+    assert sum(first.text_config.rope_parameters["mrope_section"]) == 8
+
+
+def test_record_round_trip(tmp_path: Path) -> None:
+    rows = [
+        Row("a", "text decoder", "A", True, how="tiny", calls=3, cells={"forward": Cell(EXACT, 1.23e-7)}),
+        Row("b", "vision", "B", True, how="tiny", keeps={"B": "own|way"}, cells={"forward": Cell(REFUSED, note="n")}),
+        Row("c", reason="no <library>"),
+        Row("d", "audio", "D", True, calls=1, cells={"forward": Cell(NOT_RUNNABLE, note="NaN"), "patch": Cell(EXACT)}),
+    ]  # fmt: skip
+    record = Record(make_header(Settings(), list(CHECKS)), rows)
+    record.save(tmp_path / "r.json")
+    loaded = Record.load(tmp_path / "r.json")
+    assert [row.as_json() for row in loaded.rows] == [row.as_json() for row in rows]
+    loaded.save(tmp_path / "s.json")
+    assert (tmp_path / "r.json").read_text() == (tmp_path / "s.json").read_text()
+    page = render(record)
+    assert "| `a` | A | ✓ |" in page and "own\\|way" in page and "no &lt;library>" in page
+    summary = summarize(rows)
+    assert (summary.total, summary.run, summary.refused, summary.switched, summary.exact) == (4, 3, 1, 2, 2)
+
+
+def test_updated_record() -> None:
+    header = make_header(Settings(), list(CHECKS))
+    old = Record(header, [Row("a", runs=True), Row("b", reason="x")])
+    new = old.updated(Record(header, [Row("b", runs=True), Row("c", runs=True)]))
+    assert [(row.model_type, row.runs) for row in new.rows] == [("a", True), ("b", True), ("c", True)]
+    with pytest.raises(ValueError, match="dtype"):
+        old.updated(Record({**header, "dtype": "bfloat16"}, []))
+
+
+def test_losses() -> None:
+    before = Record({}, [Row("a", runs=True, calls=1, cells={"forward": Cell(EXACT), "left": Cell(NOT_RUNNABLE)})])
+    same = before.rows[0]
+    assert losses(before, [same]) == []
+    assert losses(before, [replace(same, runs=False, reason="gone")]) == ["a: ran before, now: gone"]
+    assert "was exact" in losses(before, [replace(same, cells={"forward": Cell(REFUSED)})])[0]
+    assert "DIFFERENT" in losses(before, [replace(same, cells={"forward": Cell(DIFFERENT, 0.5)})])[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -72,7 +72,8 @@ class AttentionInputs:
     key: Tensor
     value: Tensor
     softmax_scale: float
-    mask: AttentionMask = FULL
+    # Not a plain default: Dynamo of torch 2.11 cannot trace a dataclass with an object as a class attribute.
+    mask: AttentionMask = field(default_factory=lambda: FULL)
     softcap: float = 0.0
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None

@@ -17,6 +17,7 @@ PROGRAMS_PER_CORE = 2
 MAX_SPLITS = 128
 _COMBINE_SPLITS = 16
 _WARPS = 4
+STAGES = 3
 
 
 def serves(inputs: AttentionInputs) -> bool:
@@ -34,7 +35,7 @@ def _block_n(s: Structure) -> int:
 
 @cache
 def _decode_plan(s: Structure, block_m: int, page_size: int) -> Plan:
-    stages = 3 if s.device.arch.startswith("sm") else 1
+    stages = STAGES if s.device.arch.startswith("sm") else 1
     options = {
         "HEAD_DIM": s.head_dim,
         "V_HEAD_DIM": s.v_head_dim,

@@ -3,10 +3,9 @@
 One program computes one split of one key head for one tile of rows. A tile holds the rows of all query heads that share
 the key head, ``(query head of the group, query row)`` with the row varying fastest, so that each key is read once. The
 splits divide the keys that the rows of the batch element really see (from flags or row intervals, read on the device),
-not the slots of the cache: a static cache that is mostly empty, a window or left padding leave no program idle. A
-second kernel combines the splits by their log-sum-exps.
-
-Everything is masked: decoding waits for memory, not for arithmetic.
+not the slots of the cache: a static cache that is mostly empty, a window or left padding leave no program idle. The
+program of a tile of rows that finishes last combines its splits by their log-sum-exps, in the order of the keys: no
+second launch, and the same bits every time.
 """
 
 from __future__ import annotations
@@ -26,10 +25,12 @@ from .primitives import (
     any_visible,
     apply_mask,
     apply_softcap,
+    kv_tile_range,
     load_tile,
     online_softmax_update,
     row_bounds,
     store_tile,
+    tile_index,
 )
 
 #: Arguments that change from call to call: Triton must not compile anew where one becomes 1 or divisible by 16.
@@ -52,6 +53,9 @@ def attention_decode(
     slopes_ptr,
     sinks_ptr,
     table_ptr,
+    parts_ptr,
+    part_lse_ptr,
+    counters_ptr,
     q_stride_b,
     q_stride_s,
     q_stride_h,
@@ -61,11 +65,6 @@ def attention_decode(
     v_stride_b,
     v_stride_s,
     v_stride_h,
-    out_stride_split,
-    out_stride_b,
-    out_stride_s,
-    out_stride_h,
-    lse_stride_split,
     intervals_stride_b,
     intervals_stride_s,
     intervals_stride_c,
@@ -111,11 +110,13 @@ def attention_decode(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """One split's normalised ``out`` and its log-sum-exp, for BLOCK_M (head, row) pairs of one key head.
+    """``out`` and (where ``lse_ptr`` is given) its log-sum-exp, for BLOCK_M (head, row) pairs of one key head.
 
-    ``out`` is ``(n_splits, batch, seqlen_q, nheads, V_HEAD_DIM)`` by strides, ``lse`` contiguous
-    ``(n_splits, batch, nheads, seqlen_q)``. With PAGE_SIZE > 0, ``k`` and ``v`` are ``(pages, PAGE_SIZE, nheads_k,
-    dim)``, their ``stride_b`` is a page's, and ``table`` ``(batch, pages of a row)`` says which page holds which keys.
+    ``out`` is contiguous ``(batch, seqlen_q, nheads, V_HEAD_DIM)``, ``lse`` contiguous ``(batch, nheads, seqlen_q)``.
+    With PAGE_SIZE > 0, ``k`` and ``v`` are ``(pages, PAGE_SIZE, nheads_k, dim)``, their ``stride_b`` is a page's, and
+    ``table`` ``(batch, pages of a row)`` says which page holds which keys. With more than one split, ``parts`` fp32
+    ``(row tiles, n_splits, BLOCK_M, BLOCK_DV)`` and ``part_lse`` fp32 ``(row tiles, n_splits, BLOCK_M)`` are room for
+    the splits' results, and ``counters`` int32 ``(row tiles,)`` is zero before and after; else they are None.
     """
     FLOAT_BIAS: tl.constexpr = BIAS == BIAS_FLOAT
     BOOL_BIAS: tl.constexpr = BIAS == BIAS_BOOL
@@ -124,8 +125,8 @@ def attention_decode(
 
     pid = tl.program_id(0)
     split = pid % n_splits
-    row_tile = (pid // n_splits) % n_row_tiles
-    batch_head = pid // (n_splits * n_row_tiles)
+    unit = pid // n_splits
+    batch_head, row_tile = unit // n_row_tiles, unit % n_row_tiles
     batch = (batch_head // nheads_k).to(tl.int64)
     k_head = (batch_head % nheads_k).to(tl.int64)
 
@@ -154,11 +155,15 @@ def attention_decode(
     seen = pair_ok & (end > start)
     first = tl.min(tl.where(seen, tl.maximum(start, 0), NO_KEY), axis=0)
     last = tl.max(tl.where(seen, end, 0), axis=0)
+    full_first = tl.max(tl.where(pair_ok, tl.where(seen, start, NO_KEY), 0), axis=0)
+    full_last = tl.min(tl.where(pair_ok, tl.where(seen, end, 0), NO_KEY), axis=0)
+    if HAS_KEY_MASK or BOOL_BIAS:
+        full_last = 0
     first = tl.minimum(first, last) // KEY_ALIGNMENT * KEY_ALIGNMENT
     # Splits are whole tiles, so that only the last one of the row is cut.
     tiles_per_split = tl.cdiv(tl.cdiv(last - first, BLOCK_N), n_splits)
     split_first = first + split * tiles_per_split * BLOCK_N
-    split_last = tl.minimum(split_first + tiles_per_split * BLOCK_N, last)
+    split_last = tl.maximum(split_first, tl.minimum(split_first + tiles_per_split * BLOCK_N, last))  # may be empty
 
     diagonal = rows + (seqlen_k - seqlen_q)
     slope = tl.zeros([BLOCK_M], tl.float32)
@@ -187,107 +192,120 @@ def attention_decode(
         total = tl.where(sink == float("-inf"), 0.0, 1.0)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    for first_key in tl.range(split_first, split_last, BLOCK_N):
-        keys = first_key + local_keys
-        in_range = keys < split_last
-        if PAGE_SIZE == 0:
-            k_rows, v_rows = keys.to(tl.int64) * k_stride_s, keys.to(tl.int64) * v_stride_s
+    key_begin, n_before, n_full, n_tiles = kv_tile_range(split_first, split_last, full_first, full_last, BLOCK_N)
+    for phase in tl.static_range(0, 2):
+        if phase == 0:
+            steps = n_full
         else:
-            page = tl.load(table_ptr + keys // PAGE_SIZE, mask=in_range, other=0).to(tl.int64)
-            k_rows = page * k_stride_b + (keys % PAGE_SIZE) * k_stride_s
-            v_rows = page * v_stride_b + (keys % PAGE_SIZE) * v_stride_s
-        k = load_tile(k_base, k_rows[:, None] + dims[None, :], in_range, HEAD_DIM, True)
-        v = load_tile(v_base, v_rows[:, None] + v_dims[None, :], in_range, V_HEAD_DIM, True)
-        visible = in_range[None, :] & (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
-        visible = visible & pair_ok[:, None]
-        if HAS_KEY_MASK:
-            kept = tl.load(key_mask_ptr + keys.to(tl.int64) * key_mask_stride_s, mask=in_range, other=0) != 0
-            visible = visible & kept[None, :]
-        bias = 0.0
-        if BIAS != BIAS_NONE:
-            bias_at = bias_rows[:, None] + keys[None, :].to(tl.int64) * bias_stride_k
-            bias = tl.load(bias_at, mask=pair_ok[:, None] & in_range[None, :], other=0)
-        if BOOL_BIAS:
-            visible = visible & (bias != 0)
-        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-        scores, _ = apply_softcap(scores, scale, softcap, HAS_SOFTCAP, PRECISE)
-        scores = add_score_terms(
-            scores, scale, slope[:, None], diagonal[:, None], keys[None, :], bias, HAS_SOFTCAP, HAS_ALIBI, FLOAT_BIAS
-        )
-        scores = apply_mask(scores, visible)
-        weights, decay, top, total = online_softmax_update(scores, top, total, factor, True)
-        # The memory of hidden keys may hold NaN, and 0 * NaN is NaN.
-        v = tl.where(any_visible(visible, 0)[:, None], v, 0.0)
-        acc = acc * decay[:, None]
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
+            steps = n_tiles - n_full
+        for step in tl.range(0, steps):
+            first_key = key_begin + tile_index(step, n_before, n_full, phase) * BLOCK_N
+            keys = first_key + local_keys
+            in_range = keys < split_last
+            if PAGE_SIZE == 0:
+                wide_key = first_key.to(tl.int64)
+                k_rows, v_rows = local_keys.to(tl.int64) * k_stride_s, local_keys.to(tl.int64) * v_stride_s
+                k_tile, v_tile = k_base + wide_key * k_stride_s, v_base + wide_key * v_stride_s
+            else:
+                page = tl.load(table_ptr + keys // PAGE_SIZE, mask=in_range, other=0).to(tl.int64)
+                k_rows = page * k_stride_b + (keys % PAGE_SIZE) * k_stride_s
+                v_rows = page * v_stride_b + (keys % PAGE_SIZE) * v_stride_s
+                k_tile, v_tile = k_base, v_base
+            k = load_tile(k_tile, k_rows[:, None] + dims[None, :], in_range, HEAD_DIM, phase == 1)
+            v = load_tile(v_tile, v_rows[:, None] + v_dims[None, :], in_range, V_HEAD_DIM, phase == 1)
+            bias = 0.0
+            if BIAS != BIAS_NONE:
+                bias_at = bias_rows[:, None] + keys[None, :].to(tl.int64) * bias_stride_k
+                bias = tl.load(bias_at, mask=pair_ok[:, None] & in_range[None, :], other=0)
+            scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+            scores, _ = apply_softcap(scores, scale, softcap, HAS_SOFTCAP, PRECISE)
+            scores = add_score_terms(
+                scores, scale, slope[:, None], diagonal[:, None], keys[None, :], bias, HAS_SOFTCAP, HAS_ALIBI,
+                FLOAT_BIAS,
+            )  # fmt: skip
+            if phase == 1:
+                visible = in_range[None, :] & (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
+                visible = visible & pair_ok[:, None]
+                if HAS_KEY_MASK:
+                    kept = tl.load(key_mask_ptr + keys.to(tl.int64) * key_mask_stride_s, mask=in_range, other=0) != 0
+                    visible = visible & kept[None, :]
+                if BOOL_BIAS:
+                    visible = visible & (bias != 0)
+                scores = apply_mask(scores, visible)
+                # The memory of hidden keys may hold NaN, and 0 * NaN is NaN.
+                v = tl.where(any_visible(visible, 0)[:, None], v, 0.0)
+            weights, decay, top, total = online_softmax_update(scores, top, total, factor, phase == 1 or FLOAT_BIAS)
+            acc = acc * decay[:, None]
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = acc / total[:, None]
     lse = tl.where(empty, float("-inf"), top * LN2 + tl.log(total))
-    wide_split = split.to(tl.int64)
-    lse_at = wide_split * lse_stride_split + (batch * nheads_k * group + heads) * seqlen_q + rows
-    tl.store(lse_ptr + lse_at, lse, mask=pair_ok)
-    out_base = out_ptr + wide_split * out_stride_split + batch * out_stride_b
-    out_offsets = rows.to(tl.int64) * out_stride_s + heads * out_stride_h
-    store_tile(out_base, out_offsets[:, None] + v_dims[None, :], acc, pair_ok, V_HEAD_DIM)
+    nheads = nheads_k * group
+    out_rows = ((batch * seqlen_q + rows) * nheads + heads) * V_HEAD_DIM
+    lse_rows = (batch * nheads + heads) * seqlen_q + rows
+    if counters_ptr is None:
+        _store_rows(out_ptr, lse_ptr, out_rows, lse_rows, acc, lse, pair_ok, V_HEAD_DIM)
+    else:
+        local = tl.arange(0, BLOCK_M)
+        tile_offsets = local[:, None] * BLOCK_DV + v_dims[None, :]
+        slot = pid.to(tl.int64)
+        tl.store(parts_ptr + slot * (BLOCK_M * BLOCK_DV) + tile_offsets, acc, mask=pair_ok[:, None])
+        tl.store(part_lse_ptr + slot * BLOCK_M + local, lse)
+        # All threads' stores first, then one thread's release: whoever counts last acquires everybody's.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters_ptr + unit, 1, sem="acq_rel")
+        if arrived == n_splits - 1:
+            first_slot = unit.to(tl.int64) * n_splits
+            acc, lse = _combine(
+                parts_ptr + first_slot * (BLOCK_M * BLOCK_DV) + tile_offsets,
+                part_lse_ptr + first_slot * BLOCK_M + local, n_splits, pair_ok, BLOCK_M, BLOCK_DV,
+            )  # fmt: skip
+            _store_rows(out_ptr, lse_ptr, out_rows, lse_rows, acc, lse, pair_ok, V_HEAD_DIM)
+            tl.store(counters_ptr + unit, 0)
 
 
-@triton.jit(do_not_specialize=("nheads", "seqlen_q", "n_splits"))
-def attention_decode_combine(
-    parts_ptr,
-    part_lse_ptr,
-    out_ptr,
-    lse_ptr,
-    parts_stride_split,
-    part_lse_stride_split,
-    nheads,
-    seqlen_q,
-    n_splits,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Combine the splits of one row of one head.
+@triton.jit
+def _store_rows(out_ptr, lse_ptr, out_rows, lse_rows, acc, lse, pair_ok, V_HEAD_DIM: tl.constexpr):
+    v_dims = tl.arange(0, acc.shape[1])
+    store_tile(out_ptr, out_rows[:, None] + v_dims[None, :], acc, pair_ok, V_HEAD_DIM)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + lse_rows, lse, mask=pair_ok)
 
-    ``parts`` is fp32 ``(n_splits, batch, seqlen_q, nheads, V_HEAD_DIM)`` and ``part_lse`` fp32 ``(n_splits, batch,
-    nheads, seqlen_q)``; ``out`` and ``lse`` are the same without splits, contiguous.
+
+@triton.jit
+def _combine(parts, part_lse, n_splits, pair_ok, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """The splits of a tile of rows, each normalised, joined by their log-sum-exps; ``(acc, lse)``.
+
+    ``parts`` and ``part_lse`` are pointers to the first split's. They are loaded past the L1 cache, several splits at
+    a time: one round trip to memory for each would cost more than the splits saved.
     """
-    pid = tl.program_id(0)
-    row = pid % seqlen_q
-    batch_head = (pid // seqlen_q).to(tl.int64)
-    batch, head = batch_head // nheads, batch_head % nheads
-    out_row = ((batch * seqlen_q + row) * nheads + head) * V_HEAD_DIM
-    splits = tl.arange(0, BLOCK_SPLITS)
-    dims = tl.arange(0, BLOCK_DV)
-    inside = dims < V_HEAD_DIM
-
-    # A first pass over the log-sum-exps, a second over the outputs they weigh.
-    lses = tl.full([BLOCK_SPLITS], float("-inf"), tl.float32)
-    top = tl.max(lses, axis=0)
-    total = 0.0
-    for base in range(0, n_splits, BLOCK_SPLITS):
-        at = part_lse_ptr + (base + splits).to(tl.int64) * part_lse_stride_split + batch_head * seqlen_q + row
-        lses = tl.load(at, mask=base + splits < n_splits, other=float("-inf"))
+    CHUNK: tl.constexpr = 16
+    TOGETHER: tl.constexpr = 8 if BLOCK_M * BLOCK_DV <= 2048 else (4 if BLOCK_M * BLOCK_DV <= 4096 else 1)
+    some = tl.arange(0, CHUNK)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for base in range(0, n_splits, CHUNK):
+        inside = (base + some < n_splits)[:, None] & pair_ok[None, :]
+        lses = tl.load(
+            part_lse[None, :] + (base + some)[:, None] * BLOCK_M, mask=inside, other=float("-inf"), cache_modifier=".cg"
+        )
         new_top = tl.maximum(top, tl.max(lses, axis=0))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.math.exp2((top - shift) * LOG2E) + tl.sum(tl.math.exp2((lses - shift) * LOG2E), axis=0)
+        sums = tl.sum(tl.math.exp2((lses - shift[None, :]) * LOG2E), axis=0)
+        total = total * tl.math.exp2((top - shift) * LOG2E) + sums
         top = new_top
     shift = tl.where(top == float("-inf"), 0.0, top)
     safe_total = tl.where(total == 0.0, 1.0, total)
-    acc = tl.zeros([BLOCK_DV], tl.float32)
-    for base in range(0, n_splits, BLOCK_SPLITS):
-        split_ok = base + splits < n_splits
-        wide = (base + splits).to(tl.int64)
-        lses = tl.load(
-            part_lse_ptr + wide * part_lse_stride_split + batch_head * seqlen_q + row,
-            mask=split_ok,
-            other=float("-inf"),
-        )
-        weights = tl.math.exp2((lses - shift) * LOG2E) / safe_total
-        at = parts_ptr + wide[:, None] * parts_stride_split + out_row + dims[None, :]
-        parts = tl.load(at, mask=split_ok[:, None] & inside[None, :], other=0.0)
-        acc += tl.sum(parts * weights[:, None], axis=0)
-    tl.store(out_ptr + out_row + dims, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    none = tl.zeros([BLOCK_M], tl.int32)
+    for base in range(0, n_splits, TOGETHER):
+        for more in tl.static_range(TOGETHER):
+            split = base + more
+            ok = pair_ok & (none + split < n_splits)
+            part = tl.load(parts + split * (BLOCK_M * BLOCK_DV), mask=ok[:, None], other=0.0, cache_modifier=".cg")
+            lses = tl.load(part_lse + split * BLOCK_M, mask=ok, other=float("-inf"), cache_modifier=".cg")
+            acc += part * (tl.math.exp2((lses - shift) * LOG2E) / safe_total)[:, None]
     lse = tl.where(total == 0.0, float("-inf"), top + tl.log(safe_total))
-    tl.store(lse_ptr + batch_head * seqlen_q + row, lse)
+    return acc, lse

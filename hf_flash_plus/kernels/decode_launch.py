@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..inputs import SHORT_QUERY, AttentionInputs
 from . import tiles
-from .decode import attention_decode, attention_decode_combine
+from .decode import attention_decode
 from .launch import _NO_STRIDES, Call, Launch, Plan, Structure, _cdiv, _reusable, _strides, prepare
 
-#: Programs per multiprocessor that the splits aim at: enough loads in flight to fill the memory's bandwidth.
-PROGRAMS_PER_CORE = 2
 MAX_SPLITS = 128
-_COMBINE_SPLITS = 16
 _WARPS = 4
-STAGES = 3
+#: Shared memory of a multiprocessor that the loads of its programs may fill.
+_SHARED = {"sm80": 160 * 1024, "sm86": 96 * 1024, "sm90": 224 * 1024, "sm100": 224 * 1024}
 
 
 def serves(inputs: AttentionInputs) -> bool:
@@ -26,16 +25,36 @@ def serves(inputs: AttentionInputs) -> bool:
 
 
 def _block_n(s: Structure) -> int:
-    """Keys of a tile: about 16 KiB of keys, the values as many, so that three stages fit shared memory."""
+    """Keys of a tile: at most 16 KiB of keys, the values as many, so that several stages fit shared memory."""
     if s.device.arch == "interpreter":
         return 32  # small tiles, so that small tests have several
-    row = tiles.padded(max(s.head_dim, s.v_head_dim)) * s.dtype.itemsize
-    return max(16, min(128, 16384 // row))
+    return max(16, min(64, 16384 // _row_bytes(s)))
+
+
+def _row_bytes(s: Structure) -> int:
+    return tiles.padded(max(s.head_dim, s.v_head_dim)) * s.dtype.itemsize
+
+
+def _stages(s: Structure) -> int:
+    """Stages of the load pipeline: 3, or 4 where tiles are small; fewer where shared memory is. AMD's compiler
+    pipelines through registers."""
+    shared = _SHARED.get(s.device.arch)
+    if shared is None:
+        return 1
+    tile = 2 * _block_n(s) * _row_bytes(s)
+    return min(4 if tile <= 16384 else 3, max(1, shared // tile - 1))
+
+
+def _slots(s: Structure) -> int:
+    """Programs that the device runs at a time."""
+    shared = _SHARED.get(s.device.arch, 64 * 1024)
+    used = _stages(s) * 2 * _block_n(s) * _row_bytes(s) + 4096
+    return s.device.n_cores * max(1, min(4, shared // used))
 
 
 @cache
 def _decode_plan(s: Structure, block_m: int, page_size: int) -> Plan:
-    stages = STAGES if s.device.arch.startswith("sm") else 1
+    stages = _stages(s)
     options = {
         "HEAD_DIM": s.head_dim,
         "V_HEAD_DIM": s.v_head_dim,
@@ -62,82 +81,135 @@ def _decode_plan(s: Structure, block_m: int, page_size: int) -> Plan:
     return Plan(attention_decode, tile, options, _reusable(s, attention_decode))
 
 
-@cache
-def _combine_plan(s: Structure, block_splits: int) -> Plan:
-    block_dv = tiles.padded(s.v_head_dim)
-    options = {"V_HEAD_DIM": s.v_head_dim, "BLOCK_SPLITS": block_splits, "BLOCK_DV": block_dv, "num_warps": 2}
-    tile = tiles.Tile(1, block_splits, 2, 1)
-    return Plan(attention_decode_combine, tile, options, _reusable(s, attention_decode_combine))
-
-
 def _row_block(pairs: int) -> int:
     """Rows of a tile: a power of two from 16 (the least of a matrix product) to 64."""
     return min(64, max(16, 1 << (pairs - 1).bit_length()))
 
 
-def n_splits(programs: int, seqlen_k: int, block_n: int, n_cores: int) -> int:
-    """Into how many parts the keys are split: until the device is full, at least two tiles of keys each."""
-    wanted = _cdiv(PROGRAMS_PER_CORE * n_cores, max(programs, 1))
-    return max(1, min(wanted, _cdiv(seqlen_k, 2 * block_n), MAX_SPLITS))
+@cache
+def n_splits(programs: int, seqlen_k: int, block_n: int, slots: int) -> int:
+    """Into how many parts the keys are split: as many as make the fewest rounds of full multiprocessors, with at least
+    two tiles of keys each. Every split costs a little."""
+    most = max(1, min(max(8, slots // max(programs, 1)), seqlen_k // (2 * block_n), MAX_SPLITS))
+    return min(range(1, most + 1), key=lambda n: _cdiv(programs * n, slots) / n * (1 + 0.01 * n))
 
 
-def forward(inputs: AttentionInputs, block_table: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``out`` (batch, seqlen_q, nheads, v_head_dim) and ``lse`` (batch, nheads, seqlen_q) of one decoding call.
+class Workspace(NamedTuple):
+    """Room for the splits' results, and the counters of finished splits, which every launch leaves at zero."""
+
+    parts: Tensor
+    counters: Tensor
+
+
+_workspaces: dict[tuple[int | None, int], Workspace] = {}
+
+
+def _workspace(device: torch.device, n_floats: int, n_counters: int) -> Workspace:
+    """The workspace of a device and stream: launches in one stream follow one another, so they can share it.
+
+    A CUDA graph gets one of its own, whose counters it clears: its replays may run on any stream.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return _new_workspace(device, n_floats, n_counters)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    found = _workspaces.get(key)
+    if found is None or found.parts.numel() < n_floats or found.counters.numel() < n_counters:
+        if len(_workspaces) > 64:  # streams come and go
+            _workspaces.clear()
+        found = _workspaces[key] = _new_workspace(device, max(n_floats, 2**20), max(n_counters, 4096))
+    return found
+
+
+def _new_workspace(device: torch.device, n_floats: int, n_counters: int) -> Workspace:
+    return Workspace(
+        torch.empty(n_floats, dtype=torch.float32, device=device),
+        torch.zeros(n_counters, dtype=torch.int32, device=device),
+    )
+
+
+def forward(inputs: AttentionInputs, block_table: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """``out`` (batch, seqlen_q, nheads, v_head_dim) and, where ``inputs.needs_lse``, ``lse`` (batch, nheads, seqlen_q)
+    of one decoding call.
 
     Args:
         inputs: the call, with at most 16 query rows and no dropout. With ``block_table`` its keys and values are
             pages ``(num_blocks, page_size, nheads_k, dim)``, and its mask has row intervals.
         block_table: int32 ``(batch, pages of a row)``.
     """
-    q = inputs.query
-    page_size = 0
-    if block_table is not None:
-        page_size = inputs.key.shape[1]
+    q, key = inputs.query, inputs.key
+    device = q.device
     call = prepare(inputs)
     batch, seqlen_q, nheads, _ = q.shape
-    nheads_k = inputs.key.shape[2]
-    seqlen_k = inputs.key.shape[1] if block_table is None else block_table.shape[1] * page_size
-    out = torch.empty((batch, seqlen_q, nheads, inputs.v_head_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32, device=q.device)
-    if lse.numel() == 0:
+    out = torch.empty((batch, seqlen_q, nheads, inputs.v_head_dim), dtype=q.dtype, device=device)
+    lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32, device=device) if inputs.needs_lse else None
+    if batch * seqlen_q * nheads == 0:
         return out, lse
-    group = nheads // nheads_k
-    block_m = _row_block(group * seqlen_q)
-    plan = _decode_plan(call.structure, block_m, page_size)
-    row_tiles = _cdiv(group * seqlen_q, block_m)
-    cores = call.structure.device.n_cores
-    splits = n_splits(batch * nheads_k * row_tiles, seqlen_k, plan.tile.block_n, cores)
-    if splits == 1:
-        decode_launch(call, plan, out[None], lse[None], seqlen_k, row_tiles, block_table).run()
-        return out, lse
-    # Not kept between calls: an allocation costs 2 us, and a kept one would be shared by streams and CUDA graphs.
-    parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
-    part_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=q.device)
-    decode_launch(call, plan, parts, part_lse, seqlen_k, row_tiles, block_table).run()
-    combine_launch(call.structure, parts, part_lse, out, lse).run()
+    page_size = 0 if block_table is None else key.shape[1]
+    seqlen_k = key.shape[1] if block_table is None else block_table.shape[1] * page_size
+    nheads_k = key.shape[2]
+    recipe = _recipe(call.structure, nheads // nheads_k * seqlen_q, page_size)
+    programs = batch * nheads_k * recipe.row_tiles
+    splits = n_splits(programs, seqlen_k, recipe.plan.tile.block_n, recipe.slots)
+    space = None
+    if splits > 1:
+        space = _workspace(device, programs * splits * recipe.floats, programs)
+    decode_launch(call, recipe, out, lse, seqlen_k, splits, space, block_table).run()
     return out, lse
 
 
+class Recipe(NamedTuple):
+    """What all calls of one structure and number of (query head, row) pairs per key head share.
+
+    ``floats`` is what one split of one tile of rows needs of the workspace.
+    """
+
+    plan: Plan
+    row_tiles: int
+    slots: int
+    floats: int
+
+
+@cache
+def _recipe(s: Structure, pairs: int, page_size: int) -> Recipe:
+    block_m = _row_block(pairs)
+    floats = block_m * (tiles.padded(s.v_head_dim) + 1)
+    return Recipe(_decode_plan(s, block_m, page_size), _cdiv(pairs, block_m), _slots(s), floats)
+
+
 def decode_launch(
-    call: Call, plan: Plan, out: Tensor, lse: Tensor, seqlen_k: int, row_tiles: int, block_table: Tensor | None
+    call: Call,
+    recipe: Recipe,
+    out: Tensor,
+    lse: Tensor | None,
+    seqlen_k: int,
+    splits: int,
+    space: Workspace | None,
+    block_table: Tensor | None,
 ) -> Launch:
-    """The launch of the split kernel; ``out`` and ``lse`` have a leading dimension of splits."""
+    """The launch; ``space`` is None for a single split."""
     inputs = call.inputs
     q, k, v, sinks = inputs.query, inputs.key, inputs.value, inputs.sinks
     batch, seqlen_q, nheads, _ = q.shape
-    nheads_k, splits = k.shape[2], out.shape[0]
+    nheads_k = k.shape[2]
+    plan, row_tiles = recipe.plan, recipe.row_tiles
+    programs = batch * nheads_k * row_tiles * splits
     if sinks is None:
         sinks_strides: tuple[int | None, ...] = _NO_STRIDES[:3]
     else:
         sinks_strides = (0, *_strides(sinks), 0) if sinks.dim() == 1 else _strides(sinks)
+    parts = part_lse = counters = None
+    if space is not None:
+        # The log-sum-exps lie behind the outputs, at a multiple of 16 floats: both pointers are aligned.
+        parts, counters = space
+        part_lse = parts[programs * (recipe.floats - plan.tile.block_m) :]
     intervals, key_mask, _, bias, positions, slopes = call.pointers
-    tensors = (q, k, v, out, lse, intervals, key_mask, bias, positions, slopes, sinks, block_table)
+    tensors = (
+        q, k, v, out, lse, intervals, key_mask, bias, positions, slopes, sinks, block_table, parts, part_lse, counters
+    )  # fmt: skip
     strides = (
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
-        *out.stride()[:4],
-        lse.stride(0),
         *call.strides[:5],  # intervals 3, key mask 2
         *call.strides[6:],  # bias 4, positions 2, slopes 2
         *sinks_strides,
@@ -145,15 +217,5 @@ def decode_launch(
     )
     sizes = (nheads_k, nheads // nheads_k, seqlen_q, seqlen_k, splits, row_tiles, *call.window)
     arguments = (*tensors, *strides, *sizes, float(inputs.softmax_scale), float(inputs.softcap))
-    key = (q.device.index, *strides, *call.dtypes, out.dtype, None if sinks is None else sinks.dtype)
-    return Launch(plan, batch * nheads_k * row_tiles * splits, arguments, len(tensors), key)
-
-
-def combine_launch(s: Structure, parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> Launch:
-    """The launch that combines the splits."""
-    batch, seqlen_q, nheads, _ = out.shape
-    tensors = (parts, part_lse, out, lse)
-    strides = (parts.stride(0), part_lse.stride(0))
-    arguments = (*tensors, *strides, nheads, seqlen_q, parts.shape[0])
-    key = (out.device.index, *strides, out.dtype)
-    return Launch(_combine_plan(s, _COMBINE_SPLITS), batch * nheads * seqlen_q, arguments, len(tensors), key)
+    key = (q.device.index, *strides, *call.dtypes, None if sinks is None else sinks.dtype, lse is None, space is None)
+    return Launch(plan, programs, arguments, len(tensors), key)

@@ -74,20 +74,20 @@ def _choice(plain: Tile, masked: Tile | None = None, small: Tile | None = None, 
 # on a multiprocessor, whose products run beside the first one's exponentials.
 _SM90 = {
     "forward": {
-        64: _choice(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-        128: _choice(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+        64: _choice(Tile(64, 64, 4, 3)),
+        128: _choice(Tile(64, 64, 4, 3), dropout=Tile(128, 64, 8, 3)),
         256: _choice(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
         512: _choice(Tile(32, 32, 8, 1)),
     },
     "dq": {
         64: _choice(Tile(64, 64, 4, 3)),
-        128: _choice(Tile(128, 64, 8, 3), None, Tile(64, 64, 4, 2)),
+        128: _choice(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), dropout=Tile(128, 64, 8, 3)),
         256: _choice(Tile(64, 32, 8, 2)),
         512: _choice(Tile(32, 32, 8, 1)),
     },
     "dkdv": {
-        64: _choice(Tile(64, 64, 4, 3), None, None, Tile(64, 64, 8, 2)),
-        128: _choice(Tile(64, 128, 8, 1), Tile(32, 128, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+        64: _choice(Tile(64, 64, 4, 3), dropout=Tile(64, 64, 4, 2)),
+        128: _choice(Tile(32, 128, 8, 3), None, Tile(64, 64, 8, 2), Tile(32, 128, 8, 2)),
         256: _choice(Tile(32, 32, 8, 2)),
         512: _choice(Tile(16, 32, 8, 1)),
     },

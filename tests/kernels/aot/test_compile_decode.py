@@ -50,14 +50,15 @@ def _launches(
         **extra,
     )
     call = launch.prepare(inputs)
-    plan = decode_launch._decode_plan(call.structure, decode_launch._row_block(HEADS // KEY_HEADS * rows), pages)
+    recipe = decode_launch._recipe(call.structure, HEADS // KEY_HEADS * rows, pages)
     out = _meta(BATCH, rows, HEADS, v_head_dim, dtype=dtype)
     lse = _meta(BATCH, HEADS, rows, dtype=torch.float32)
-    parts, part_lse = _meta(8, *out.shape, dtype=torch.float32), _meta(8, *lse.shape, dtype=torch.float32)
     table = _meta(BATCH, KEYS // pages, dtype=torch.int32) if pages else None
+    room = _meta(BATCH * KEY_HEADS * recipe.row_tiles * 8 * recipe.floats, dtype=torch.float32)
+    space = decode_launch.Workspace(room, _meta(BATCH * KEY_HEADS * recipe.row_tiles, dtype=torch.int32))
     return {
-        "decode": decode_launch.decode_launch(call, plan, parts, part_lse, KEYS, 1, table),
-        "combine": decode_launch.combine_launch(call.structure, parts, part_lse, out, lse),
+        "split": decode_launch.decode_launch(call, recipe, out, lse, KEYS, 8, space, table),
+        "whole": decode_launch.decode_launch(call, recipe, out, None, KEYS, 1, None, table),
     }
 
 
@@ -74,11 +75,11 @@ def test_compiles(arch: str, dims: tuple[int, int]) -> None:
 @pytest.mark.parametrize("pages", (0, 16, 256))
 def test_compiles_with_every_feature(pages: int) -> None:
     with compiling_for("sm90"):
-        result = compile_launch(_launches(torch.float16, 128, 128, pages, everything=True)["decode"])
+        result = compile_launch(_launches(torch.float16, 128, 128, pages, everything=True)["split"])
     assert result.shared <= TARGETS["sm90"].shared_memory and result.spilled <= 256, result
 
 
 def test_compiles_in_fp32() -> None:
     with compiling_for("sm90"):
-        result = compile_launch(_launches(torch.float32, 128, 128, 0, everything=False)["decode"])
+        result = compile_launch(_launches(torch.float32, 128, 128, 0, everything=False)["split"])
     assert result.shared <= TARGETS["sm90"].shared_memory and result.spilled <= 256, result

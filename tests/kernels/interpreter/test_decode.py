@@ -18,6 +18,7 @@ from hf_flash_plus.providers.triton import TritonProvider
 from tests.kernels.cases import Case, check
 
 decode_launch = pytest.importorskip("hf_flash_plus.kernels.decode_launch")
+SPLITS = decode_launch.n_splits
 PROVIDER = TritonProvider()
 ONE = dict(seqlen_q=1, seqlen_k=129, nheads=4, nheads_k=2)
 
@@ -45,14 +46,14 @@ CASES = [
     Case(head_dim=40, v_head_dim=40, **ONE),
     Case(seqlen_q=1, seqlen_k=1),
     Case(seqlen_q=1, seqlen_k=0),
+    Case(("left_padding",), seqlen_q=1, seqlen_k=700),  # more splits than the combination takes at a time
 ]
 
 
 @pytest.fixture(autouse=True)
 def many_splits(monkeypatch) -> None:
-    """Splits even for small calls, more of them than one pass of the combining kernel takes."""
-    monkeypatch.setattr(decode_launch, "PROGRAMS_PER_CORE", 64)
-    monkeypatch.setattr(decode_launch, "_COMBINE_SPLITS", 2)
+    """Splits even for small calls: one for each tile of keys."""
+    monkeypatch.setattr(decode_launch, "n_splits", lambda programs, keys, block_n, slots: max(1, -(-keys // block_n)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -65,11 +66,13 @@ def test_decoding(case: Case, monkeypatch) -> None:
 
 
 def test_split_counts() -> None:
-    count = decode_launch.n_splits
-    assert count(programs=10_000, seqlen_k=4096, block_n=64, n_cores=132) == 1, "the device is full already"
-    assert count(programs=8, seqlen_k=4096, block_n=64, n_cores=132) == 32, "two tiles of keys at least"
-    assert count(programs=8, seqlen_k=10**6, block_n=64, n_cores=132) == 128
-    assert count(programs=1, seqlen_k=0, block_n=64, n_cores=132) == 1
+    assert SPLITS(10_000, 4096, 64, 264) == 1, "the device is full already"
+    assert SPLITS(128, 4096, 64, 264) == 2, "one full round, not one and a half"
+    assert SPLITS(200, 4096, 64, 264) > 1, "a quarter of the device would be idle"
+    assert SPLITS(8, 2048, 64, 264) == 16, "two tiles of keys at least"
+    assert SPLITS(8, 10**6, 64, 264) == 33
+    assert SPLITS(1, 10**6, 64, 264) == 128
+    assert SPLITS(1, 0, 64, 264) == 1
 
 
 @pytest.mark.parametrize("page_size", (16, 48))

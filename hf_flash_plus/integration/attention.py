@@ -19,7 +19,7 @@ from ..masks import (
     visible,
     with_intervals,
 )
-from . import carrier, continuous
+from . import carrier, continuous, decoding
 
 NAME = "flash_plus"
 _MEMO = "_hf_flash_plus_memo"
@@ -83,6 +83,21 @@ def flash_plus_attention(
             module, query, key, value, cache, dropout, scaling, sliding_window, softcap, s_aux, kwargs
         )
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    known = None
+    if (
+        seqlen_q == 1
+        and position_bias is indices is sinks is s_aux is None
+        and not dropout
+        and not torch.compiler.is_compiling()
+        and decoding.plain(kwargs)
+    ):
+        known = decoding.candidate(
+            module, query, key, value, attention_mask, scaling, sliding_window, softcap, is_causal
+        )
+        if known is not None:
+            out = decoding.serve(known, query, key, value)
+            if out is not None:
+                return out, None
     if attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
         mask = _flags(bool(causal), sliding_window)
@@ -119,6 +134,8 @@ def flash_plus_attention(
             output = ops.attention(inputs, NAME)
         assert output.probabilities is not None
         return output.out, output.probabilities.to(query.dtype)
+    if known is not None:
+        decoding.remember(known, inputs)
     return ops.attention(inputs, NAME).out, None
 
 

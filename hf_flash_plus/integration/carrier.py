@@ -94,6 +94,24 @@ def is_carrier(attention_mask: Tensor) -> bool:
     return attention_mask.dtype == torch.int32 and attention_mask.dim() == 4
 
 
+def attached(carrier: Tensor, seqlen_q: int) -> Carried | None:
+    """What rides along with the tensor object; None where it was lost (a copy, a slice).
+
+    Raises:
+        ValueError: the tensor was changed since.
+    """
+    found = getattr(carrier, _ATTRIBUTE, None)
+    if found is None or carrier.shape[2] != seqlen_q:
+        return None
+    carried: Carried = found[0]
+    if version(carrier) != found[1]:
+        raise ValueError(
+            "the attention mask made for attn_implementation='flash_plus' was changed in place by the model; "
+            "use attn_implementation='sdpa' or 'eager' for it and report the model."
+        )
+    return carried
+
+
 def decode(carrier: Tensor, seqlen_q: int, seqlen_k: int) -> Carried:
     """The mask a carrier holds, for an attention call of these lengths.
 
@@ -101,14 +119,8 @@ def decode(carrier: Tensor, seqlen_q: int, seqlen_k: int) -> Carried:
         ValueError: the model changed the tensor's shape or content on the way, so it no longer describes the call.
     """
     if not torch.compiler.is_compiling():
-        attached = getattr(carrier, _ATTRIBUTE, None)
-        if attached is not None and carrier.shape[2] == seqlen_q:
-            carried, made_at = attached
-            if version(carrier) != made_at:
-                raise ValueError(
-                    "the attention mask made for attn_implementation='flash_plus' was changed in place by the model; "
-                    "use attn_implementation='sdpa' or 'eager' for it and report the model."
-                )
+        carried = attached(carrier, seqlen_q)
+        if carried is not None:
             return carried
     # One row stands for all, as a dense mask of one row does (models that make a mask from a single embedding).
     n_rows, columns = carrier.shape[2], carrier.shape[-1]

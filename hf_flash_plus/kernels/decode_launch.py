@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import SHORT_QUERY, AttentionInputs
-from . import tiles
+from . import MAX_ROW_STRIDE, tiles
 from .decode import attention_decode
 from .launch import _NO_STRIDES, Call, Launch, Plan, Structure, _cdiv, _reusable, _strides, prepare
 
@@ -191,31 +191,116 @@ def decode_launch(
     q, k, v, sinks = inputs.query, inputs.key, inputs.value, inputs.sinks
     batch, seqlen_q, nheads, _ = q.shape
     nheads_k = k.shape[2]
-    plan, row_tiles = recipe.plan, recipe.row_tiles
-    programs = batch * nheads_k * row_tiles * splits
     if sinks is None:
         sinks_strides: tuple[int | None, ...] = _NO_STRIDES[:3]
     else:
         sinks_strides = (0, *_strides(sinks), 0) if sinks.dim() == 1 else _strides(sinks)
-    parts = part_lse = counters = None
-    if space is not None:
-        # The log-sum-exps lie behind the outputs, at a multiple of 16 floats: both pointers are aligned.
-        parts, counters = space
-        part_lse = parts[programs * (recipe.floats - plan.tile.block_m) :]
     intervals, key_mask, _, bias, positions, slopes = call.pointers
-    tensors = (
-        q, k, v, out, lse, intervals, key_mask, bias, positions, slopes, sinks, block_table, parts, part_lse, counters
-    )  # fmt: skip
-    strides = (
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *call.strides[:5],  # intervals 3, key mask 2
-        *call.strides[6:],  # bias 4, positions 2, slopes 2
-        *sinks_strides,
-        None if block_table is None else block_table.stride(0),
+    return _launch(
+        recipe,
+        batch * nheads_k * recipe.row_tiles,
+        splits,
+        (q, k, v, out, lse, intervals, key_mask, bias, positions, slopes, sinks, block_table),
+        (
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *call.strides[:5],  # intervals 3, key mask 2
+            *call.strides[6:],  # bias 4, positions 2, slopes 2
+            *sinks_strides,
+            None if block_table is None else block_table.stride(0),
+        ),
+        (nheads_k, nheads // nheads_k, seqlen_q, seqlen_k, splits, recipe.row_tiles, *call.window),
+        (float(inputs.softmax_scale), float(inputs.softcap)),
+        (*call.dtypes, None if sinks is None else sinks.dtype),
+        space,
     )
-    sizes = (nheads_k, nheads // nheads_k, seqlen_q, seqlen_k, splits, row_tiles, *call.window)
-    arguments = (*tensors, *strides, *sizes, float(inputs.softmax_scale), float(inputs.softcap))
-    key = (q.device.index, *strides, *call.dtypes, None if sinks is None else sinks.dtype, lse is None, space is None)
-    return Launch(plan, programs, arguments, len(tensors), key)
+
+
+def _launch(
+    recipe: Recipe,
+    programs: int,
+    splits: int,
+    tensors: tuple[Tensor | None, ...],
+    strides: tuple[int | None, ...],
+    sizes: tuple[int, ...],
+    numbers: tuple[float, ...],
+    dtypes: tuple[torch.dtype | None, ...],
+    space: Workspace | None,
+) -> Launch:
+    if space is None:
+        work: tuple[Tensor | None, ...] = (None, None, None)
+    else:
+        # The log-sum-exps lie behind the outputs, at a multiple of 16 floats: both pointers are aligned.
+        outputs = programs * splits * (recipe.floats - recipe.plan.tile.block_m)
+        work = (space.parts, space.parts[outputs:], space.counters)
+    arguments = (*tensors, *work, *strides, *sizes, *numbers)
+    key = (tensors[0].device.index, *strides, *dtypes, tensors[4] is None, space is None)  # type: ignore[union-attr]
+    return Launch(recipe.plan, programs * splits, arguments, len(tensors) + 3, key)
+
+
+class Step:
+    """Later calls like one that was served already: the same but for their data and number of keys.
+
+    What :func:`forward` finds out anew on each call is known here; in eager decoding the time of the host decides.
+    Made for calls of one row, whose mask is flags and row intervals, without any other feature but softcap.
+    """
+
+    def __init__(self, inputs: AttentionInputs) -> None:
+        call = prepare(inputs)
+        batch, _, nheads, head_dim = inputs.query.shape
+        nheads_k, self.v_head_dim = inputs.value.shape[2:]
+        self.recipe = _recipe(call.structure, nheads // nheads_k, 0)
+        self.query_shape = (batch, nheads, 1, head_dim)
+        self.key_shape = (batch, nheads_k)
+        self.device, self.dtype = inputs.query.device, inputs.query.dtype
+        self.programs = batch * nheads_k * self.recipe.row_tiles
+        self.masked = inputs.mask.row_intervals is not None
+        self.sizes = (nheads_k, nheads // nheads_k, 1)
+        # Not the call's own numbers: those are cut to its number of keys.
+        self.left = inputs.mask.window[0]
+        self.right = -1 if inputs.mask.causal else inputs.mask.window[1]
+        self.numbers = (float(inputs.softmax_scale), float(inputs.softcap))
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None) -> Tensor | None:
+        """``out (batch, 1, nheads, v_head_dim)``; None where these tensors need the ordinary way."""
+        batch, nheads, _, head_dim = self.query_shape
+        seqlen_k = key.shape[2]
+        q_strides, k_strides, v_strides = query.stride(), key.stride(), value.stride()
+        if (
+            query.shape != self.query_shape
+            or key.shape != (*self.key_shape, seqlen_k, head_dim)
+            or value.shape != (*self.key_shape, seqlen_k, self.v_head_dim)
+            or not q_strides[3] == k_strides[3] == v_strides[3] == 1
+            or max(k_strides[2], v_strides[2]) >= MAX_ROW_STRIDE
+            or seqlen_k == 0
+            or (intervals is not None) != self.masked
+        ):
+            return None
+        masked: tuple[int | None, ...] = (None, None, None)
+        if intervals is not None:
+            if intervals.shape[1:] != (1, 2) or intervals.shape[0] not in (1, batch) or intervals.device != self.device:
+                return None
+            masked = _strides(intervals)
+        left, right = min(self.left, seqlen_k + 1), min(self.right, seqlen_k + 1)
+        recipe, programs, device = self.recipe, self.programs, self.device
+        out = torch.empty((batch, 1, nheads, self.v_head_dim), dtype=self.dtype, device=device)
+        splits = n_splits(programs, seqlen_k, recipe.plan.tile.block_n, recipe.slots)
+        _launch(
+            recipe,
+            programs,
+            splits,
+            (query, key, value, out, None, intervals, None, None, None, None, None, None),
+            (
+                q_strides[0], q_strides[2], q_strides[1],
+                k_strides[0], k_strides[2], k_strides[1],
+                v_strides[0], v_strides[2], v_strides[1],
+                *masked,
+                *_NO_STRIDES[:14],
+            ),
+            (*self.sizes, seqlen_k, splits, recipe.row_tiles, left, right),
+            self.numbers,
+            (None,),
+            _workspace(device, programs * splits * recipe.floats, programs) if splits > 1 else None,
+        ).run()  # fmt: skip
+        return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,17 @@ class AttentionGradients(NamedTuple):
     dv: Tensor
     dbias: Tensor | None = None
     dsinks: Tensor | None = None
+
+
+class DecodingStep(Protocol):
+    """Computes calls that differ from the one it was prepared for in their data and number of keys only.
+
+    Takes ``query (batch, nheads, 1, head_dim)``, ``key`` and ``value (batch, nheads_k, seqlen_k, head_dim)`` as
+    Transformers has them and the row intervals ``(batch or 1, 1, 2)`` or None; returns ``out (batch, 1, nheads,
+    v_head_dim)``, or None where it cannot take these tensors and the ordinary way must.
+    """
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None) -> Tensor | None: ...
 
 
 class Provider(ABC):
@@ -105,6 +116,11 @@ class Provider(ABC):
     def extra_reasons(self, signature: CallSignature) -> list[str]:
         """Reasons that the capability data cannot express; called when the provider is available."""
         return []
+
+    def prepare_decoding(self, inputs: AttentionInputs) -> DecodingStep | None:
+        """A shorter way to compute later calls like this one, which has one query row per batch element, no gradient
+        and a mask of flags and row intervals; None where there is none. See :class:`DecodingStep`."""
+        return None
 
     def auto_reasons(self, signature: CallSignature) -> list[str]:
         """Reasons to let the next provider serve although this one can; asked in automatic selection only, and first,

@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import AttentionInputs, CallSignature
-from .base import ALL_FEATURES, AttentionGradients, AttentionOutput, Provider
-
-#: Offsets inside a tile are 32 bits wide: 512 rows this far apart still fit. Tensors beyond are copied.
-MAX_ROW_STRIDE = 2**31 // 512
+from ..kernels import MAX_ROW_STRIDE
+from .base import ALL_FEATURES, AttentionGradients, AttentionOutput, DecodingStep, Provider
 
 
 @cache
@@ -94,6 +92,16 @@ class TritonProvider(Provider):
             return None  # longer queries, and head dimensions that need padding, read a gathered copy
         with _on_device(inputs.query):
             return AttentionOutput(*decode_launch.forward(pages, block_table))
+
+    def prepare_decoding(self, inputs: AttentionInputs) -> DecodingStep | None:
+        from ..kernels import decode_launch
+
+        device = inputs.query.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            return None  # launches go to the current device
+        if _plain(inputs) is not inputs or not decode_launch.serves(inputs) or not inputs.seqlen_k:
+            return None
+        return decode_launch.Step(inputs)
 
     def backward(
         self,

@@ -1,0 +1,93 @@
+"""The short way of a decoding step: the same result as the ordinary way, while the cache grows and settings change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_flash_plus.dispatch import use_provider
+from hf_flash_plus.integration import carrier, decoding
+from hf_flash_plus.integration.attention import flash_plus_attention
+from hf_flash_plus.masks import AttentionMask
+
+decode_launch = pytest.importorskip("hf_flash_plus.kernels.decode_launch")
+
+
+class Layer(torch.nn.Module):
+    is_causal = True
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each candidate took the short way."""
+    decoding.forget()
+    results: list[bool] = []
+    serve = decoding.serve
+
+    def watch(*arguments: Any) -> Any:
+        out = serve(*arguments)
+        results.append(out is not None)
+        return out
+
+    monkeypatch.setattr(decoding, "serve", watch)
+    return results
+
+
+def _tensors(seqlen_k: int, dim: int = 16) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(seqlen_k)
+    return torch.randn(2, 4, 1, dim), torch.randn(2, 2, seqlen_k, dim), torch.randn(2, 2, seqlen_k, 24)
+
+
+def _padding(seqlen_k: int) -> torch.Tensor:
+    intervals = torch.tensor([[[0, seqlen_k]], [[3, seqlen_k]]], dtype=torch.int32)
+    return carrier.encode(intervals, None, None, carrier.Carried(AttentionMask(row_intervals=intervals)))
+
+
+def _call(seqlen_k: int, provider: str, padded: bool = False, **options: Any) -> torch.Tensor:
+    mask = _padding(seqlen_k) if padded else None
+    with torch.no_grad(), use_provider(provider):
+        return flash_plus_attention(Layer(), *_tensors(seqlen_k), mask, **options)[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padded": True}, {"sliding_window": 40}, {"softcap": 3.0}, {"scaling": 0.4}, {"padded": True, "softcap": 2.0}],
+    ids=str,
+)
+def test_equals_the_ordinary_way(options: dict[str, Any], served: list[bool]) -> None:
+    for seqlen_k in (20, 21, 33, 70, 129):  # the window is longer than the first caches
+        expected = _call(seqlen_k, "reference", **options)
+        served.clear()
+        actual = _call(seqlen_k, "triton", **options)
+        assert served == [seqlen_k > 20], "the first call prepares, the others use it"
+        assert actual.shape == (2, 1, 4, 24)
+        assert (actual - expected).abs().max() < 2e-6
+
+
+def test_does_not_serve_what_it_does_not_know(served: list[bool]) -> None:
+    for _ in range(2):
+        _call(20, "triton")
+    assert served == [False, True]
+    served.clear()
+    _call(20, "reference")  # another provider
+    _call(20, "triton", softcap=1.0)
+    _call(20, "triton", s_aux=torch.zeros(4))
+    q, k, v = _tensors(20)
+    with use_provider("triton"):
+        flash_plus_attention(Layer(), q, k, v, None)  # gradients are enabled
+        with torch.no_grad():
+            flash_plus_attention(Layer(), q, k, v, None, is_causal=True, sliding_window=4)
+            flash_plus_attention(Layer(), q, k.transpose(2, 3).contiguous().transpose(2, 3), v, None)
+    assert served == [False] * 4
+    with torch.no_grad(), use_provider("triton"), pytest.raises(ValueError, match="same seqlen"):
+        flash_plus_attention(Layer(), q, k, v[:, :, :-1], None)
+
+
+def test_a_changed_mask_is_an_error(served: list[bool]) -> None:
+    _call(20, "triton", padded=True)
+    mask = _padding(20)
+    mask += 1
+    with torch.no_grad(), use_provider("triton"), pytest.raises(ValueError, match="changed in place"):
+        flash_plus_attention(Layer(), *_tensors(20), mask)

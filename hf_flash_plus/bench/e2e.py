@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,13 +19,26 @@ from .problem import TORCH_DTYPES
 LAYOUTS = ("plain", "padded", "packed")
 
 
+class Peer(NamedTuple):
+    """One implementation and its model; every model has the same weights."""
+
+    name: str
+    model: Any
+    provider: str | None
+
+
 def run_e2e(
     config: BenchConfig, device: torch.device, save: Callable[[list[Row]], None], progress: Progress
 ) -> list[Row]:
-    """Do every work with every implementation, one model after the other; failures become rows with status error."""
+    """Do every work with every implementation, in turns; failures become rows with status error.
+
+    All models stand side by side and take turns step by step: a host whose speed drifts (and in eager generation the
+    host decides) is then as kind to one as to the other.
+    """
     for work in config.works:
         work_name(work)  # checks all before the first minute is spent
     rows: list[Row] = []
+    peers = []
     for entry in config.peers:
         name = peer_name(entry)
         options = entry if isinstance(entry, dict) else {"name": entry}
@@ -36,12 +49,11 @@ def run_e2e(
             rows += [_row(work, name, "error", _short(error)) for work in config.works]
             save(rows)
             continue
-        with _provider(options.get("provider")):
-            for work in config.works:
-                progress(f"{name}: {work_name(work)}")
-                rows.append(_measure(config, model, work, name, device))
-                save(rows)
-        del model
+        peers.append(Peer(name, model, options.get("provider")))
+    for work in config.works:
+        progress(f"{work_name(work)}: {', '.join(peer.name for peer in peers)}")
+        rows += _measure(config, peers, work, device)
+        save(rows)
         torch._dynamo.reset()
         _free(device)
     return rows
@@ -105,41 +117,82 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _measure(config: BenchConfig, model: Any, work: dict[str, Any], name: str, device: torch.device) -> Row:
-    _free(device)
+def _measure(config: BenchConfig, peers: list[Peer], work: dict[str, Any], device: torch.device) -> list[Row]:
+    """One work with every peer, in interleaved rounds."""
+    make = _train if work["kind"] == "train" else _generate
+    steps: dict[str, Callable[[], None]] = {}
+    seconds: dict[str, list[float]] = {}
+    peaks: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    tokens = 0
+
+    def turn(peer: Peer) -> float | None:
+        _free_gradients(peers, device)
+        before = _allocated(device)
+        try:
+            with _provider(peer.provider):
+                elapsed = _time(steps[peer.name], device)
+        except Exception as error:  # out of memory, a crash in an implementation: results too
+            failed[peer.name] = _short(error)
+            return None
+        if device.type == "cuda":
+            own = sum(p.numel() * p.element_size() for p in peer.model.parameters())
+            peak = (torch.cuda.max_memory_allocated(device) - before + own) / 2**30
+            peaks[peer.name] = max(peak, peaks.get(peer.name, 0.0))
+        return elapsed
+
+    for peer in peers:
+        steps[peer.name], tokens = make(peer.model, work, device)
+        for _ in range(config.warmup):
+            if peer.name not in failed:
+                turn(peer)
+        peaks.pop(peer.name, None)  # compiling needs memory of its own
+    for number in range(config.repeats):
+        first = number % max(len(peers), 1)
+        for peer in (*peers[first:], *peers[:first]):
+            if peer.name not in failed:
+                elapsed = turn(peer)
+                if elapsed is not None:
+                    seconds.setdefault(peer.name, []).append(elapsed)
+    _free_gradients(peers, device)
+    rows = []
+    for peer in peers:
+        if peer.name in failed or not seconds.get(peer.name):
+            rows.append(_row(work, peer.name, "error", failed.get(peer.name, "no round was finished")))
+            continue
+        median = statistics.median(seconds[peer.name])
+        rows.append(
+            _row(work, peer.name, "ok")
+            | {
+                "value": tokens / median,
+                "unit": "tokens/s",
+                "tokens": tokens,
+                "seconds": seconds[peer.name],
+                "median_ms": median * 1e3,
+                "peak_gib": peaks.get(peer.name),
+            }
+        )
+    return rows
+
+
+def _free_gradients(peers: list[Peer], device: torch.device) -> None:
+    """Nobody's gradients take part in another's peak memory."""
+    for peer in peers:
+        peer.model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    try:
-        make = _train if work["kind"] == "train" else _generate
-        step, tokens = make(model, work, device)
-        seconds = _seconds(step, config, device)
-    except Exception as error:  # out of memory, a crash in an implementation: results too
-        model.zero_grad(set_to_none=True)
-        return _row(work, name, "error", _short(error))
-    model.zero_grad(set_to_none=True)
-    median = statistics.median(seconds)
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return _row(work, name, "ok") | {
-        "value": tokens / median,
-        "unit": "tokens/s",
-        "tokens": tokens,
-        "seconds": seconds,
-        "median_ms": median * 1e3,
-        "peak_gib": peak,
-    }
 
 
-def _seconds(step: Callable[[], Any], config: BenchConfig, device: torch.device) -> list[float]:
-    for _ in range(config.warmup):
-        step()
-    seconds = []
-    for _ in range(config.repeats):
-        _synchronize(device)
-        begin = time.perf_counter()
-        step()
-        _synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return seconds
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _time(step: Callable[[], Any], device: torch.device) -> float:
+    _synchronize(device)
+    begin = time.perf_counter()
+    step()
+    _synchronize(device)
+    return time.perf_counter() - begin
 
 
 def _lengths(work: dict[str, Any]) -> torch.Tensor:

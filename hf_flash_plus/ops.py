@@ -313,7 +313,9 @@ def prepare_decoding(inputs: AttentionInputs) -> DecodingStep | None:
     if inputs.dropout_p > 0.0 or inputs.alibi_slopes is not None or inputs.sinks is not None or inputs.needs_lse:
         return None
     mask = inputs.mask
-    if mask.key_mask is not None or mask.bias is not None or mask.packed is not None or inputs.seqlen_q != 1:
+    if mask.bias is not None or mask.packed is not None or inputs.seqlen_q != 1:
+        return None
+    if mask.key_mask is not None and (mask.row_intervals is None or mask.key_holes is None):
         return None
     signature = inputs.signature()
     if signature.needs_grad:

@@ -79,8 +79,12 @@ def encode(intervals: Tensor, key_mask: Tensor | None, key_holes: Tensor | None,
         words = (bits.view(batch, seqlen_q, columns, _WORD) * weights).sum(-1, dtype=torch.int32)
         holes = key_holes[:, None, None].expand(batch, seqlen_q, 1)
         carrier = torch.cat((intervals.expand(batch, -1, -1), holes, words), dim=-1)[:, None]
-    if not torch.compiler.is_compiling():
-        setattr(carrier, _ATTRIBUTE, (carried, version(carrier)))
+    return carrier if torch.compiler.is_compiling() else attach(carrier, carried)
+
+
+def attach(carrier: Tensor, carried: Carried) -> Tensor:
+    """The carrier itself, with what it holds riding along."""
+    setattr(carrier, _ATTRIBUTE, (carried, version(carrier)))
     return carrier
 
 

@@ -1,4 +1,4 @@
-"""The short way of a decoding step: one query row, no gradient, a mask of flags and row intervals.
+"""The short way of a decoding step: one query row, no gradient, a mask of flags, row intervals and padding.
 
 Generation asks the same thing of every layer at every token, and in eager mode the host's time per call decides its
 speed. A call that was understood, validated and served once is remembered by everything but its data and its number of
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from ..inputs import AttentionInputs
+from ..masks import FULL, AttentionMask
 from ..providers.base import DecodingStep
 from . import carrier
 
@@ -22,10 +23,10 @@ _steps: dict[_Key, DecodingStep | None] = {}
 
 
 class Candidate(NamedTuple):
-    """A call that may take the short way: under which key it is known, and its row intervals."""
+    """A call that may take the short way: under which key it is known, and its mask."""
 
     key: _Key
-    intervals: Tensor | None
+    mask: AttentionMask
 
 
 def candidate(
@@ -43,7 +44,7 @@ def candidate(
     state = ops.decoding_state(query)
     if state is None:
         return None
-    intervals = None
+    mask = FULL
     if attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
         kind: object = (causal, sliding_window)
@@ -52,20 +53,17 @@ def candidate(
         if carried is None or carried.one_document:
             return None
         mask = carried.mask
-        if mask.key_mask is not None or mask.bias is not None or mask.packed is not None:
-            return None
-        intervals = mask.row_intervals
-        kind = (mask.causal, mask.window, intervals is None, "carried")
+        kind = (mask.causal, mask.window, mask.row_intervals is None, mask.key_mask is None, mask.key_holes is None)
     else:
         return None
     head = (query.shape, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, key.shape[1])
-    return Candidate((head, value.shape[3], scaling, softcap, kind, state), intervals)
+    return Candidate((head, value.shape[3], scaling, softcap, kind, state), mask)
 
 
 def serve(known: Candidate, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
     """``out (batch, 1, nheads, v_head_dim)`` of a candidate that is known; None where it is not, or cannot be."""
     step = _steps.get(known.key)
-    return None if step is None else step(query, key, value, known.intervals)
+    return None if step is None else step(query, key, value, known.mask)
 
 
 def remember(new: Candidate, inputs: AttentionInputs) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from ..masks import CAUSAL, FULL, TO_LAST_KEY, AttentionMask, intersect_intervals, key_mask_intervals, run_bounds
+from ..providers import PROVIDERS
 from . import carrier
 from .models import dense_mask_kind
 
@@ -229,6 +230,29 @@ def _one_token(device: torch.device) -> Tensor:
     return found
 
 
+def _one_padded_token(
+    mask_function: Callable[..., Any], attention_mask: Tensor, kv_length: int, kv_offset: int
+) -> Tensor | None:
+    """The carrier of the last query row over padded keys, made by one kernel; None where it does not apply."""
+    flags = _flags(mask_function)
+    if flags is None or flags.window[1] >= 0 or attention_mask.dtype != torch.bool or kv_length == 0:
+        return None
+    if not attention_mask.is_cuda or attention_mask.device.index != torch.cuda.current_device():
+        return None  # launches go to the current device
+    if PROVIDERS["triton"].unavailable_reason() is not None:
+        return None
+    from ..kernels.padding import padding
+
+    row_start = 0 if flags.window[0] < 0 else max(0, kv_length - 1 - flags.window[0])
+    made = padding(attention_mask, kv_length, kv_offset, row_start)
+    mask = AttentionMask(
+        row_intervals=made.carrier[:, 0, :, :2],
+        key_mask=_local_padding(attention_mask, kv_length, kv_offset),
+        key_holes=made.holes,
+    )
+    return carrier.attach(made.carrier, carrier.Carried(mask))
+
+
 _one_token_carriers: dict[torch.device, Tensor] = {}
 
 
@@ -288,6 +312,10 @@ def flash_plus_mask(
             return _one_token(device)
         if device.type in DENSE_ONE_ROW:
             return _dense(arguments)  # one row: as small as a carrier, and what torch's SDPA takes as it is
+        if aligned and attention_mask is not None and not isinstance(kv_offset, Tensor):
+            found = _one_padded_token(mask_function, attention_mask, kv_length, kv_offset)
+            if found is not None:
+                return found
 
     index = torch.arange(q_length, device=device)[None] + q_offset
     spans = _spans(mask_function, Rows(index, index, attention_mask))

@@ -36,6 +36,7 @@ from .primitives import (
 #: Arguments that change from call to call: Triton must not compile anew where one becomes 1 or divisible by 16.
 RUNTIME_SIZES = (
     "nheads_k", "group", "seqlen_q", "seqlen_k", "n_splits", "n_row_tiles", "window_left", "window_right",
+    "intervals_stride_b", "intervals_stride_s", "key_mask_stride_b", "key_holes_stride_b",
 )  # fmt: skip
 
 
@@ -48,6 +49,7 @@ def attention_decode(
     lse_ptr,
     intervals_ptr,
     key_mask_ptr,
+    key_holes_ptr,
     bias_ptr,
     positions_ptr,
     slopes_ptr,
@@ -70,6 +72,7 @@ def attention_decode(
     intervals_stride_c,
     key_mask_stride_b,
     key_mask_stride_s,
+    key_holes_stride_b,
     bias_stride_b,
     bias_stride_h,
     bias_stride_q,
@@ -99,6 +102,7 @@ def attention_decode(
     HAS_RIGHT: tl.constexpr,
     HAS_INTERVALS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
+    HAS_KEY_HOLES: tl.constexpr,
     BIAS: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
@@ -157,7 +161,13 @@ def attention_decode(
     last = tl.max(tl.where(seen, end, 0), axis=0)
     full_first = tl.max(tl.where(pair_ok, tl.where(seen, start, NO_KEY), 0), axis=0)
     full_last = tl.min(tl.where(pair_ok, tl.where(seen, end, 0), NO_KEY), axis=0)
-    if HAS_KEY_MASK or BOOL_BIAS:
+    if HAS_KEY_MASK:
+        if HAS_KEY_HOLES:
+            holes = tl.load(key_holes_ptr + batch * key_holes_stride_b)
+            full_last = tl.where(holes == 0, full_last, 0)
+        else:
+            full_last = 0
+    if BOOL_BIAS:
         full_last = 0
     first = tl.minimum(first, last) // KEY_ALIGNMENT * KEY_ALIGNMENT
     # Splits are whole tiles, so that only the last one of the row is cut.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import SHORT_QUERY, AttentionInputs
+from ..masks import AttentionMask
 from . import MAX_ROW_STRIDE, tiles
 from .decode import attention_decode
 from .launch import _NO_STRIDES, Call, Launch, Plan, Structure, _cdiv, _reusable, _strides, prepare
@@ -63,6 +64,7 @@ def _decode_plan(s: Structure, block_m: int, page_size: int) -> Plan:
         "HAS_RIGHT": s.has_right,
         "HAS_INTERVALS": s.has_intervals,
         "HAS_KEY_MASK": s.has_key_mask,
+        "HAS_KEY_HOLES": s.has_key_holes,
         "BIAS": s.bias,
         "HAS_ALIBI": s.has_alibi,
         "HAS_POSITIONS": s.has_positions,
@@ -195,18 +197,16 @@ def decode_launch(
         sinks_strides: tuple[int | None, ...] = _NO_STRIDES[:3]
     else:
         sinks_strides = (0, *_strides(sinks), 0) if sinks.dim() == 1 else _strides(sinks)
-    intervals, key_mask, _, bias, positions, slopes = call.pointers
     return _launch(
         recipe,
         batch * nheads_k * recipe.row_tiles,
         splits,
-        (q, k, v, out, lse, intervals, key_mask, bias, positions, slopes, sinks, block_table),
+        (q, k, v, out, lse, *call.pointers, sinks, block_table),
         (
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
-            *call.strides[:5],  # intervals 3, key mask 2
-            *call.strides[6:],  # bias 4, positions 2, slopes 2
+            *call.strides,
             *sinks_strides,
             None if block_table is None else block_table.stride(0),
         ),
@@ -255,18 +255,20 @@ class Step:
         self.key_shape = (batch, nheads_k)
         self.device, self.dtype = inputs.query.device, inputs.query.dtype
         self.programs = batch * nheads_k * self.recipe.row_tiles
-        self.masked = inputs.mask.row_intervals is not None
+        mask = inputs.mask
+        self.masked = tuple(part is not None for part in (mask.row_intervals, mask.key_mask, mask.key_holes))
         self.sizes = (nheads_k, nheads // nheads_k, 1)
         # Not the call's own numbers: those are cut to its number of keys.
-        self.left = inputs.mask.window[0]
-        self.right = -1 if inputs.mask.causal else inputs.mask.window[1]
+        self.left = mask.window[0]
+        self.right = -1 if mask.causal else mask.window[1]
         self.numbers = (float(inputs.softmax_scale), float(inputs.softcap))
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None) -> Tensor | None:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor | None:
         """``out (batch, 1, nheads, v_head_dim)``; None where these tensors need the ordinary way."""
         batch, nheads, _, head_dim = self.query_shape
         seqlen_k = key.shape[2]
         q_strides, k_strides, v_strides = query.stride(), key.stride(), value.stride()
+        intervals, key_mask, holes = mask.row_intervals, mask.key_mask, mask.key_holes
         if (
             query.shape != self.query_shape
             or key.shape != (*self.key_shape, seqlen_k, head_dim)
@@ -274,14 +276,18 @@ class Step:
             or not q_strides[3] == k_strides[3] == v_strides[3] == 1
             or max(k_strides[2], v_strides[2]) >= MAX_ROW_STRIDE
             or seqlen_k == 0
-            or (intervals is not None) != self.masked
+            or (intervals is not None, key_mask is not None, holes is not None) != self.masked
         ):
             return None
-        masked: tuple[int | None, ...] = (None, None, None)
+        mask_strides: tuple[int | None, ...] = _NO_STRIDES[:6]
         if intervals is not None:
             if intervals.shape[1:] != (1, 2) or intervals.shape[0] not in (1, batch) or intervals.device != self.device:
                 return None
-            masked = _strides(intervals)
+            mask_strides = (*_strides(intervals), None, None, None)
+            if key_mask is not None:
+                if key_mask.shape != (batch, seqlen_k) or holes is None or holes.shape != (batch,):
+                    return None
+                mask_strides = (*mask_strides[:3], *_strides(key_mask), *_strides(holes))
         left, right = min(self.left, seqlen_k + 1), min(self.right, seqlen_k + 1)
         recipe, programs, device = self.recipe, self.programs, self.device
         out = torch.empty((batch, 1, nheads, self.v_head_dim), dtype=self.dtype, device=device)
@@ -290,13 +296,13 @@ class Step:
             recipe,
             programs,
             splits,
-            (query, key, value, out, None, intervals, None, None, None, None, None, None),
+            (query, key, value, out, None, intervals, key_mask, holes, None, None, None, None, None),
             (
                 q_strides[0], q_strides[2], q_strides[1],
                 k_strides[0], k_strides[2], k_strides[1],
                 v_strides[0], v_strides[2], v_strides[1],
-                *masked,
-                *_NO_STRIDES[:14],
+                *mask_strides,
+                *_NO_STRIDES[:12],
             ),
             (*self.sizes, seqlen_k, splits, recipe.row_tiles, left, right),
             self.numbers,

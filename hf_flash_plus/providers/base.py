@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import AttentionInputs, CallSignature
+from ..masks import AttentionMask
 
 
 class AttentionOutput(NamedTuple):
@@ -38,11 +39,11 @@ class DecodingStep(Protocol):
     """Computes calls that differ from the one it was prepared for in their data and number of keys only.
 
     Takes ``query (batch, nheads, 1, head_dim)``, ``key`` and ``value (batch, nheads_k, seqlen_k, head_dim)`` as
-    Transformers has them and the row intervals ``(batch or 1, 1, 2)`` or None; returns ``out (batch, 1, nheads,
-    v_head_dim)``, or None where it cannot take these tensors and the ordinary way must.
+    Transformers has them, and a mask with the same flags and parts; returns ``out (batch, 1, nheads, v_head_dim)``, or
+    None where it cannot take these tensors and the ordinary way must.
     """
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None) -> Tensor | None: ...
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor | None: ...
 
 
 class Provider(ABC):
@@ -119,7 +120,7 @@ class Provider(ABC):
 
     def prepare_decoding(self, inputs: AttentionInputs) -> DecodingStep | None:
         """A shorter way to compute later calls like this one, which has one query row per batch element, no gradient
-        and a mask of flags and row intervals; None where there is none. See :class:`DecodingStep`."""
+        and a mask of flags, row intervals and padding; None where there is none. See :class:`DecodingStep`."""
         return None
 
     def auto_reasons(self, signature: CallSignature) -> list[str]:

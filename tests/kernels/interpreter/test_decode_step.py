@@ -10,13 +10,33 @@ import torch
 from hf_flash_plus.dispatch import use_provider
 from hf_flash_plus.integration import carrier, decoding
 from hf_flash_plus.integration.attention import flash_plus_attention
-from hf_flash_plus.masks import AttentionMask
+from hf_flash_plus.masks import AttentionMask, key_mask_intervals
 
+padding = pytest.importorskip("hf_flash_plus.kernels.padding").padding
 decode_launch = pytest.importorskip("hf_flash_plus.kernels.decode_launch")
 
 
 class Layer(torch.nn.Module):
     is_causal = True
+
+
+@pytest.mark.parametrize("row_start", [0, 9])
+@pytest.mark.parametrize("offset,length,seqlen_k", [(0, 5, 5), (0, 40, 40), (3, 43, 40), (0, 2100, 2100), (2, 30, 37)])
+def test_padding_kernel(offset: int, length: int, seqlen_k: int, row_start: int) -> None:
+    """The carrier and its holes as torch's operations make them."""
+    torch.manual_seed(0)
+    keep = torch.rand(5, length + 2)[:, 2:] > 0.4  # rows further apart than they are long
+    keep[1] = True
+    keep[2] = False
+    keep[3, : length // 2], keep[3, length // 2 :] = False, True
+    made = padding(keep, seqlen_k, offset, row_start)
+    here = torch.nn.functional.pad(keep, (0, seqlen_k))[:, offset : offset + seqlen_k]
+    visible = here & (torch.arange(seqlen_k) >= row_start)
+    start, end, holes = key_mask_intervals(visible)
+    spans = torch.stack((start, end), dim=-1)[:, None, :]
+    expected = carrier.encode(spans, here, holes, carrier.Carried(AttentionMask()))
+    assert torch.equal(made.carrier, expected)
+    assert torch.equal(made.holes, holes)
 
 
 @pytest.fixture
@@ -40,20 +60,37 @@ def _tensors(seqlen_k: int, dim: int = 16) -> tuple[torch.Tensor, ...]:
     return torch.randn(2, 4, 1, dim), torch.randn(2, 2, seqlen_k, dim), torch.randn(2, 2, seqlen_k, 24)
 
 
-def _padding(seqlen_k: int) -> torch.Tensor:
+def _padding(seqlen_k: int, kind: str = "intervals") -> torch.Tensor:
     intervals = torch.tensor([[[0, seqlen_k]], [[3, seqlen_k]]], dtype=torch.int32)
-    return carrier.encode(intervals, None, None, carrier.Carried(AttentionMask(row_intervals=intervals)))
+    if kind == "intervals":
+        return carrier.encode(intervals, None, None, carrier.Carried(AttentionMask(row_intervals=intervals)))
+    keep = torch.ones(2, seqlen_k, dtype=torch.bool)
+    keep[1, :3] = False
+    if kind == "holes":
+        keep[1, 7:9] = keep[1, -4] = False
+    made = padding(keep, seqlen_k, 0, 0)
+    mask = AttentionMask(row_intervals=made.carrier[:, 0, :, :2], key_mask=keep, key_holes=made.holes)
+    return carrier.attach(made.carrier, carrier.Carried(mask))
 
 
-def _call(seqlen_k: int, provider: str, padded: bool = False, **options: Any) -> torch.Tensor:
-    mask = _padding(seqlen_k) if padded else None
+def _call(seqlen_k: int, provider: str, padded: str = "", **options: Any) -> torch.Tensor:
+    mask = _padding(seqlen_k, padded) if padded else None
     with torch.no_grad(), use_provider(provider):
         return flash_plus_attention(Layer(), *_tensors(seqlen_k), mask, **options)[0]
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"padded": True}, {"sliding_window": 40}, {"softcap": 3.0}, {"scaling": 0.4}, {"padded": True, "softcap": 2.0}],
+    [
+        {},
+        {"padded": "intervals"},
+        {"padded": "mask"},
+        {"padded": "holes"},
+        {"sliding_window": 40},
+        {"softcap": 3.0},
+        {"scaling": 0.4},
+        {"padded": "holes", "softcap": 2.0},
+    ],
     ids=str,
 )
 def test_equals_the_ordinary_way(options: dict[str, Any], served: list[bool]) -> None:
@@ -86,8 +123,8 @@ def test_does_not_serve_what_it_does_not_know(served: list[bool]) -> None:
 
 
 def test_a_changed_mask_is_an_error(served: list[bool]) -> None:
-    _call(20, "triton", padded=True)
-    mask = _padding(20)
+    _call(20, "triton", padded="mask")
+    mask = _padding(20, "mask")
     mask += 1
     with torch.no_grad(), use_provider("triton"), pytest.raises(ValueError, match="changed in place"):
         flash_plus_attention(Layer(), *_tensors(20), mask)

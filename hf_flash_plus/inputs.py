@@ -21,6 +21,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Up to this many query rows a call counts as decoding (one token, or the draft of assisted generation).
 SHORT_QUERY = 16
 
+#: The kernels' offsets inside a tile are 32 bits wide: 512 rows this far apart still fit. Tensors beyond are copied.
+MAX_ROW_STRIDE = 2**31 // 512
+
 
 class CallSignature(NamedTuple):
     """What decides which provider can serve a call: everything but the data and the sequence lengths."""

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import SHORT_QUERY, AttentionInputs
+from ..inputs import MAX_ROW_STRIDE, SHORT_QUERY, AttentionInputs
 from ..masks import AttentionMask
-from . import MAX_ROW_STRIDE, tiles
+from . import tiles
 from .decode import attention_decode
 from .launch import _NO_STRIDES, Call, Launch, Plan, Structure, _cdiv, _reusable, _strides, prepare
 

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..inputs import AttentionInputs, CallSignature
-from ..kernels import MAX_ROW_STRIDE
+from ..inputs import MAX_ROW_STRIDE, AttentionInputs, CallSignature
 from .base import ALL_FEATURES, AttentionGradients, AttentionOutput, DecodingStep, Provider
 
 

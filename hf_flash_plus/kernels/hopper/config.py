@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 #: How the keys of a row are found.
-#: FULL: all of them, and they fill their blocks. TAIL: all of them, the last block is not full (a mode of its own, since
-#: its masking costs registers where FULL has none to spare). CAUSAL: up to the diagonal, where that begins at a multiple of the key tile and no row is empty.
-#: WINDOW: between two diagonals; also causal calls whose diagonal lies anywhere. INTERVALS: from a tensor.
+#: FULL: all of them, and they fill their blocks.
+#: TAIL: all of them, the last block is not full (a mode of its own: FULL has no registers to spare for masking).
+#: CAUSAL: up to the diagonal, where that begins at a multiple of the block and no row is empty.
+#: WINDOW: between two diagonals; also causal calls whose diagonal lies anywhere.
+#: INTERVALS: from a tensor.
 FULL, TAIL, CAUSAL, WINDOW, INTERVALS = range(5)
 
 #: Causal calls of up to this many keys spend so much of their time between tiles that a third buffer for Q pays.

@@ -31,7 +31,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .primitives import LN2, LOG2E, give_turn, pack, softmax_step, take_turn, tanh, unpack
 from .schedule import (
     CAUSAL,
-    FIRST,
     FULL,
     GAPS,
     INTERVALS,
@@ -158,7 +157,7 @@ def _clean_v(v_rows, stage, first_key, last, tile, gaps, p, C: gl.constexpr):
     """Zero the rows of a V block that no row of the tile sees: their memory may hold NaN, and 0 * NaN is NaN.
 
     ``v_rows`` is V's memory in pieces of 8 rows by 64 columns, which are contiguous; in a block, pieces of the same
-    columns follow one another. Without gaps the tile sees all keys before ``last``; with gaps each of its rows is asked.
+    columns follow one another. Without gaps the tile sees all keys before ``last``; with gaps every row is asked.
     """
     GROUPS: gl.constexpr = C.block_n // 8
     PANELS: gl.constexpr = C.v_dim // 64
@@ -431,9 +430,8 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
             total = _first_total(weights, total, decay, C)
             pairs = pack(weights, BLOCK_N, sm.v.dtype)
             mbarrier.arrive(sm.slot_done.index(count % C.k_stages), count=1)
-            if SKIP:
-                if skipped > 0:
-                    mbarrier.arrive(sm.slot_done.index((count + 1) % C.k_stages), count=1)
+            if SKIP and skipped > 0:
+                mbarrier.arrive(sm.slot_done.index((count + 1) % C.k_stages), count=1)
             acc, pairs, top, total, count = _all_slots(
                 acc, pairs, top, total, sm, t, count + skipped + 1, skipped + 1, tile, row_start, row_end, zeros, p,
                 W, S_LAYOUT, P_LAYOUT, O_ROWS, C,
@@ -475,9 +473,8 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
         _wait(sm.k_full, count, C.k_stages)
         _wait(sm.v_full, count - 1, C.v_stages)
         mbarrier.arrive(sm.slot_done.index(0), count=1)
-        if SKIP:
-            if skipped > 0:
-                mbarrier.arrive(sm.slot_done.index(1 % C.k_stages), count=1)
+        if SKIP and skipped > 0:
+            mbarrier.arrive(sm.slot_done.index(1 % C.k_stages), count=1)
         begin = count
         more = 1
         while more > 0:
@@ -521,9 +518,8 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
                 _wait(sm.v_full, count + skipped, C.v_stages)
                 if not C.early_free:
                     mbarrier.arrive(sm.slot_done.index(count % C.k_stages), count=1)
-                if SKIP:
-                    if skipped > 0:
-                        mbarrier.arrive(sm.slot_done.index((count + 1) % C.k_stages), count=1)
+                if SKIP and skipped > 0:
+                    mbarrier.arrive(sm.slot_done.index((count + 1) % C.k_stages), count=1)
                 acc = gl.full([64, C.v_dim], 0.0, gl.float32, O_LAYOUT)
                 top, total, tile = next_top, next_total, next_tile
                 count += skipped + 1

@@ -42,8 +42,8 @@ def summarize_intervals(
     mine = local < ROWS
     intervals_ptr += batch.to(tl.int64) * stride_b
     start, end = row_bounds(
-        tl.where(mine, rows, seqlen_q), intervals_ptr, stride_s, stride_c, seqlen_q, seqlen_k, window_left, window_right,
-        True, True, True,
+        tl.where(mine, rows, seqlen_q), intervals_ptr, stride_s, stride_c, seqlen_q, seqlen_k, window_left,
+        window_right, True, True, True,
     )  # fmt: skip
     inside = mine & (rows < seqlen_q)
     start = tl.where(inside, tl.maximum(start, 0), 0)

@@ -10,8 +10,8 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.constexpr_function
-def _pack_asm(is_bf16):
-    return f"cvt.rn.{'bf16x2' if is_bf16 else 'f16x2'}.f32 $0, $2, $1;"
+def _pack_asm(dtype):
+    return f"cvt.rn.{'bf16x2' if dtype.is_bf16() else 'f16x2'}.f32 $0, $2, $1;"
 
 
 @gluon.jit
@@ -22,7 +22,7 @@ def pack(p, BLOCK_N: gl.constexpr, DTYPE: gl.constexpr):
     permutations an iteration.
     """
     even, odd = p.reshape([64, BLOCK_N // 2, 2]).split()
-    asm: gl.constexpr = _pack_asm(DTYPE == gl.bfloat16)
+    asm: gl.constexpr = _pack_asm(DTYPE)
     return gl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
 
 

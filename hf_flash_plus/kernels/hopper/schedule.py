@@ -1,7 +1,8 @@
 """Which query rows and keys belong to a tile, in what order: what all warps of a program agree on.
 
-The keys of a tile are cut into blocks of BLOCK_N. FULL, TAIL and CAUSAL compute everything from the tile's number. WINDOW and
-INTERVALS need more: the warp that claims a tile describes it in shared memory (the fields below), the others read that.
+The keys of a tile are cut into blocks of BLOCK_N. FULL, TAIL and CAUSAL compute everything from the tile's number.
+WINDOW and INTERVALS need more: the warp that claims a tile describes it in shared memory (the fields below), the
+others read that.
 Blocks that need masking come first: those at the end of the tile's keys, downwards, then those at the beginning,
 upwards; then the blocks that all rows see, downwards. The online softmax does not mind.
 """
@@ -109,7 +110,7 @@ def describe(number, tiles, slot, p, C: gl.constexpr):
     else:
         BLOCK_M: gl.constexpr = C.consumers * 64
         BLOCK_N: gl.constexpr = C.block_n
-        first_row, batch, head = place(number, p, C)
+        first_row, batch, _ = place(number, p, C)
         at = slot * N_FIELDS
         write(tiles, at + TILE, number)
         if C.mode == WINDOW:

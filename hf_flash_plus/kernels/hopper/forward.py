@@ -52,6 +52,10 @@ from .schedule import (
     write,
 )
 
+#: The copies through tensor descriptors, under the names that Triton 3.6 and later versions give them.
+tma_load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
+tma_store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
+
 
 class Shared(NamedTuple):
     """Shared memory: buffers and barriers. A barrier's phase is told from how often its buffer was used before."""
@@ -118,16 +122,14 @@ def _claim_and_load_qk(q_desc, k_desc, counter_ptr, sm, p, C: gl.constexpr):
             for c in gl.static_range(CHUNKS):
                 at = (buffer * C.consumers + w) * C.chunks + c
                 row = tile.first_row + w * 64
-                tma.async_copy_global_to_shared(
-                    q_desc, [tile.batch, row, tile.head, c * C.chunk_dim], full, sm.q.index(at)
-                )
+                tma_load(q_desc, [tile.batch, row, tile.head, c * C.chunk_dim], full, sm.q.index(at))
         for i in range(tile.n_blocks):
             mbarrier.wait(sm.slot_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
             full = sm.k_full.index(count % C.k_stages)
             mbarrier.expect(full, C.block_n * BYTES * C.chunks)
             key = block_key(i, tile, C)
             for c in gl.static_range(CHUNKS):
-                tma.async_copy_global_to_shared(
+                tma_load(
                     k_desc,
                     [tile.batch, key, tile.head // p.group, c * C.chunk_dim],
                     full,
@@ -217,17 +219,17 @@ def _load_v(v_desc, sm, p, C: gl.constexpr, PIECE: gl.constexpr):
                 hidden = (key + C.block_n > last) | ((gaps > 0) & (i < tile.n_end + tile.n_begin))
                 if hidden & (last > 0):
                     mbarrier.expect(sm.v_raw.index(0), BYTES)
-                    tma.async_copy_global_to_shared(v_desc, where, sm.v_raw.index(0), sm.v.index(stage))
+                    tma_load(v_desc, where, sm.v_raw.index(0), sm.v.index(stage))
                     mbarrier.wait(sm.v_raw.index(0), cleaned & 1)
                     _clean_v(v_rows, stage, key, last, tile, gaps, p, C)
                     mbarrier.arrive(full, count=1)
                     cleaned += 1
                 else:
                     mbarrier.expect(full, BYTES)
-                    tma.async_copy_global_to_shared(v_desc, where, full, sm.v.index(stage))
+                    tma_load(v_desc, where, full, sm.v.index(stage))
             else:
                 mbarrier.expect(full, BYTES)
-                tma.async_copy_global_to_shared(v_desc, where, full, sm.v.index(stage))
+                tma_load(v_desc, where, full, sm.v.index(stage))
             count += 1
         t += 1
         _wait_tile(sm, t, 0, C)
@@ -249,7 +251,7 @@ def _store(out_desc, sm, p, C: gl.constexpr):
             mbarrier.wait(sm.out_full.index(at), (t // C.q_buffers) & 1)
             row = first_row + w * 64
             if row < p.seqlen_q:
-                tma.async_copy_shared_to_global(out_desc, [batch, row, head, 0], sm.out.index(at * C.out_step))
+                tma_store(out_desc, [batch, row, head, 0], sm.out.index(at * C.out_step))
         tma.store_wait(0)
         for w in gl.static_range(CONSUMERS):
             mbarrier.arrive(sm.q_empty.index(buffer * C.consumers + w), count=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 #: How the keys of a row are found.
 #: FULL: all of them, and they fill their blocks.
@@ -69,7 +70,8 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
     """The configuration for a class of head dimensions; ``short``: no more than SHORT_CAUSAL keys."""
     # The roles beside the consumers do more where tiles are described in shared memory and V is cleaned.
     described = mode in (WINDOW, INTERVALS)
-    two = {
+    shape: dict[str, Any]
+    two: dict[str, Any] = {
         "consumers": 2, "early_free": False, "out_step": 1, "turns": False, "consumer_registers": 232,
         "other_registers": 40 if described else 24,
     }  # fmt: skip

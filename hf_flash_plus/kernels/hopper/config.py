@@ -81,7 +81,7 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
             "consumers": 3, "block_n": 128, "chunks": 1, "chunk_dim": 64, "q_buffers": 2, "k_stages": 4, "v_stages": 4,
             "early_free": False, "out_step": 1, "turns": False, "consumer_registers": 160, "other_registers": 32,
         }  # fmt: skip
-        if described:  # three would spill, and ptxas then runs the matrix products one after the other
+        if described:  # three would spill in the blocks that need masking
             shape |= {"consumers": 2, "consumer_registers": 232, "other_registers": 40}
     elif dims == (128, 128):
         shape = two | {

@@ -348,7 +348,9 @@ def _slots(
         scores = warpgroup_mma_wait(1, deps=[next_scores])
         scores = _capped(scores, p, C)
         if HIDE:
-            scores = hide(scores, block_key(step, tile, C), tile, row_start, row_end, p, W, S_LAYOUT, C)
+            first_key = block_key(step, tile, C)
+            if needs_hiding(first_key, tile, p, W, False, C):
+                scores = hide(scores, first_key, tile, row_start, row_end, p, W, S_LAYOUT, C)
         top, decay, weights = softmax_step(scores, top, p.factor, HIDE)
         total = total * decay + gl.sum(weights, 1)
         # A wait with a branch must stand here: ptxas otherwise hoists warpgroup_mma_wait over the exponentials.
@@ -402,7 +404,7 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
     acc = gl.full([64, C.v_dim], 0.0, gl.float32, O_LAYOUT)
     row_start = 0
     row_end = 0
-    if C.mode >= WINDOW:
+    if C.mode == INTERVALS:
         row_start = gl.full([64], 0, gl.int32, S_ROWS)
         row_end = row_start
     count = 0
@@ -412,7 +414,7 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
     if C.q_buffers == 1:
         while number >= 0:
             tile = look_up(number, sm.tiles, 0, p, 4, C)
-            if C.mode >= WINDOW:
+            if C.mode == INTERVALS:
                 row_start, row_end = row_bounds(tile, p, W, S_ROWS, C)
             _wait(sm.k_full, count, C.k_stages)
             skipped = 0
@@ -426,7 +428,7 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
             scores = _capped(warpgroup_mma_wait(0, deps=[scores]), p, C)
             if C.mode != FULL:
                 first_key = block_key(skipped, tile, C)
-                if needs_hiding(first_key, tile, p, W, C):
+                if needs_hiding(first_key, tile, p, W, True, C):
                     scores = hide(scores, first_key, tile, row_start, row_end, p, W, S_LAYOUT, C)
             top, decay, weights = softmax_step(scores, top, p.factor, MAY_BE_EMPTY)
             total = _first_total(weights, total, decay, C)
@@ -448,7 +450,7 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
     else:
         # The first block of the first tile.
         tile = look_up(number, sm.tiles, 0, p, 4, C)
-        if C.mode >= WINDOW:
+        if C.mode == INTERVALS:
             row_start, row_end = row_bounds(tile, p, W, S_ROWS, C)
         _wait(sm.k_full, 0, C.k_stages)
         skipped = 0
@@ -466,7 +468,7 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
         scores = _capped(warpgroup_mma_wait(0, deps=[scores]), p, C)
         if C.mode != FULL:
             first_key = block_key(skipped, tile, C)
-            if needs_hiding(first_key, tile, p, W, C):
+            if needs_hiding(first_key, tile, p, W, True, C):
                 scores = hide(scores, first_key, tile, row_start, row_end, p, W, S_LAYOUT, C)
         top, decay, weights = softmax_step(scores, top, p.factor, MAY_BE_EMPTY)
         total = _first_total(weights, total, decay, C)
@@ -489,7 +491,7 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
             if number >= 0:
                 # A slot for two tiles: the first S of the next, the last P V of this one, then this one's end.
                 next_tile = look_up(number, sm.tiles, (t + 1) % C.q_buffers, p, 4, C)
-                if C.mode >= WINDOW:
+                if C.mode == INTERVALS:
                     row_start, row_end = row_bounds(next_tile, p, W, S_ROWS, C)
                 skipped = 0
                 if SKIP:
@@ -505,7 +507,7 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
                 scores = _capped(warpgroup_mma_wait(1, deps=[next_scores]), p, C)
                 if C.mode != FULL:
                     first_key = block_key(skipped, next_tile, C)
-                    if needs_hiding(first_key, next_tile, p, W, C):
+                    if needs_hiding(first_key, next_tile, p, W, True, C):
                         scores = hide(scores, first_key, next_tile, row_start, row_end, p, W, S_LAYOUT, C)
                 next_top, decay, weights = softmax_step(scores, next_top, p.factor, MAY_BE_EMPTY)
                 next_total = _first_total(weights, next_total, decay, C)

@@ -175,16 +175,11 @@ def leading_hidden(tile, p, W: gl.constexpr, C: gl.constexpr):
 
 @gluon.jit
 def row_bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
-    """The keys [start, end) of warpgroup W's rows, for WINDOW and INTERVALS."""
+    """The keys [start, end) of warpgroup W's rows, for INTERVALS."""
     rows = tile.first_row + W * 64 + gl.arange(0, 64, LAYOUT)
-    if C.mode == INTERVALS:
-        n_rows = n_row_tiles(p, C) * (C.consumers * 64)
-        at = p.bounds_ptr + (tile.batch * p.intervals_batch * n_rows + rows) * 2
-        return gl.load(at), gl.load(at + 1)
-    else:
-        start = rows + (p.offset - p.window_left)
-        end = gl.minimum(rows + (p.offset + p.window_right + 1), p.seqlen_k)
-        return start, end
+    n_rows = n_row_tiles(p, C) * (C.consumers * 64)
+    at = p.bounds_ptr + (tile.batch * p.intervals_batch * n_rows + rows) * 2
+    return gl.load(at), gl.load(at + 1)
 
 
 @gluon.jit
@@ -194,16 +189,21 @@ def hide(scores, first_key, tile, start, end, p, W: gl.constexpr, LAYOUT: gl.con
     if C.mode == TAIL:
         visible = (keys < p.seqlen_k)[None, :]
     elif C.mode == CAUSAL:
-        rows = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
-        visible = rows[:, None] >= keys[None, :]
+        diagonal = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
+        visible = diagonal[:, None] >= keys[None, :]
+    elif C.mode == WINDOW:
+        # Computed anew each time: two registers that need not live through the loop.
+        diagonal = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
+        end = gl.minimum(diagonal + (p.window_right + 1), p.seqlen_k)
+        visible = (keys[None, :] >= (diagonal - p.window_left)[:, None]) & (keys[None, :] < end[:, None])
     else:
         visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
     return gl.where(visible, scores, float("-inf"))
 
 
 @gluon.jit
-def needs_hiding(first_key, tile, p, W: gl.constexpr, C: gl.constexpr):
-    """Whether the first block that warpgroup W computes holds keys hidden from some of its rows.
+def needs_hiding(first_key, tile, p, W: gl.constexpr, FIRST_BLOCK: gl.constexpr, C: gl.constexpr):
+    """Whether a block, the first or another of those that need masking, holds keys hidden from some of W's rows.
 
     Worth a branch, and the branch keeps ptxas from turning the mask into bit sets ahead of the wait for the scores
     (390 instead of 165 instructions).
@@ -212,5 +212,11 @@ def needs_hiding(first_key, tile, p, W: gl.constexpr, C: gl.constexpr):
         return first_key + C.block_n > p.seqlen_k
     elif C.mode == CAUSAL:
         return first_key + C.block_n > tile.first_row + (W * 64 + 1) + p.offset
-    else:
+    elif C.mode == WINDOW:
+        low = tile.first_row + W * 64 + p.offset
+        late = first_key + C.block_n > min(low + (p.window_right + 1), p.seqlen_k)
+        return late | (first_key < low + 63 - p.window_left)
+    elif FIRST_BLOCK:
         return tile.n_end + tile.n_begin > 0
+    else:
+        return tile.n_blocks > 0  # always, but the compiler does not know

@@ -29,9 +29,9 @@ if forward_launch.gluon_reason() is not None:
 
 #: Bytes of registers that a thread may spill, all outside the inner loops. Three warpgroups (head dimension 64) leave
 #: each thread 160 registers, of which causal and full calls spill a few between two tiles.
-SPILLS = {64: 144, 128: 64, 192: 64, 256: 64}
+SPILLS = {64: 256, 128: 128, 192: 128, 256: 128}
 #: The same where the last block of keys is masked: paid once a tile.
-TAIL_SPILLS = 384
+TAIL_SPILLS = 512
 
 
 class Variant(NamedTuple):

@@ -211,7 +211,9 @@ def _descriptor(tensor: Tensor, block: list[int], layout: Any) -> TensorDescript
 
     shape = tensor.shape
     # A dimension of size 1 may have any stride, also one that the hardware does not take.
-    strides = [stride if size > 1 else 8 for size, stride in zip(shape, tensor.stride())]
+    strides = [
+        8 if size == 1 and (stride & 7 or stride <= 0) else stride for size, stride in zip(shape, tensor.stride())
+    ]
     strides[3] = 1
     found = object.__new__(TensorDescriptor)
     found.__dict__.update(

@@ -1,0 +1,104 @@
+"""Which shapes of tile the forward kernel uses, by head dimension and length, with the measured reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+#: How the keys of a row are found.
+#: FULL: all of them, and they fill their blocks.
+#: TAIL: all of them, the last block is not full (a mode of its own: FULL has no registers to spare for masking).
+#: CAUSAL: up to the diagonal, where that begins at a multiple of the block and no row is empty.
+#: WINDOW: between two diagonals; also causal calls whose diagonal lies anywhere.
+#: INTERVALS: from a tensor.
+FULL, TAIL, CAUSAL, WINDOW, INTERVALS = range(5)
+
+#: Causal calls of up to this many keys spend so much of their time between tiles that a third buffer for Q pays.
+SHORT_CAUSAL = 1024
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that the forward kernel is compiled for, beside the dtype. Passed as one constexpr: no properties
+    here, since Triton's cache does not see their code.
+
+    Attributes:
+        consumers: warpgroups that compute, 64 query rows each.
+        block_n: keys of a tile.
+        chunks, chunk_dim: the head dimension of q and k, cut into chunks that are powers of 2.
+        v_dim: the head dimension of v, a power of 2.
+        q_buffers, k_stages, v_stages: tiles of each in shared memory; ``v_stages <= k_stages``. With one Q buffer a
+            tile is finished before the next begins, with more the two overlap.
+        early_free: K is freed as soon as it was used, and the next is waited for last.
+        out_step: O lies in Q's memory; the distance of two warpgroups' O in units of O.
+        turns: two warpgroups start their matrix products in turn.
+        mode: FULL, TAIL, CAUSAL, WINDOW or INTERVALS.
+        softcap, sinks: the call has them.
+        consumer_registers, other_registers: per thread of the warps that compute and of the others.
+    """
+
+    consumers: int
+    block_n: int
+    chunks: int
+    chunk_dim: int
+    v_dim: int
+    q_buffers: int
+    k_stages: int
+    v_stages: int
+    early_free: bool
+    out_step: int
+    turns: bool
+    mode: int
+    softcap: bool
+    sinks: bool
+    consumer_registers: int
+    other_registers: int
+
+
+def head_dim_class(head_dim: int, v_head_dim: int) -> tuple[int, int] | None:
+    """The (q and k, v) head dimensions of the kernel that serves these, padded with zeros as they are loaded."""
+    both = max(head_dim, v_head_dim)
+    for limit in (64, 128):
+        if both <= limit:
+            return limit, limit
+    if 128 < head_dim <= 192 and v_head_dim <= 128:
+        return 192, 128
+    return (256, 256) if both <= 256 else None
+
+
+def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: bool) -> Config:
+    """The configuration for a class of head dimensions; ``short``: no more than SHORT_CAUSAL keys."""
+    # The roles beside the consumers do more where tiles are described in shared memory and V is cleaned.
+    described = mode in (WINDOW, INTERVALS)
+    shape: dict[str, Any]
+    two: dict[str, Any] = {
+        "consumers": 2, "early_free": False, "out_step": 1, "turns": False, "consumer_registers": 232,
+        "other_registers": 40 if described else 24,
+    }  # fmt: skip
+    if dims == (64, 64):
+        # Three warpgroups: 541 TFLOP/s against 449 with two (one H200, B4 S4096 H32, full).
+        shape = {
+            "consumers": 3, "block_n": 128, "chunks": 1, "chunk_dim": 64, "q_buffers": 2, "k_stages": 4, "v_stages": 4,
+            "early_free": False, "out_step": 1, "turns": False, "consumer_registers": 160, "other_registers": 32,
+        }  # fmt: skip
+        if described:  # three would spill in the blocks that need masking
+            shape |= {"consumers": 2, "consumer_registers": 232, "other_registers": 40}
+    elif dims == (128, 128):
+        shape = two | {
+            "block_n": 128, "chunks": 1, "chunk_dim": 128, "q_buffers": 2, "k_stages": 3, "v_stages": 2,
+            "turns": not described,  # 0 to 2 %; costs 1 % at head dimension 64
+        }  # fmt: skip
+        if mode == CAUSAL and short:  # +3 % at B32 S512; longer ones lose up to 3 %
+            shape |= {"q_buffers": 3, "k_stages": 2, "early_free": True}
+    elif dims == (192, 128):
+        # 192 is no power of 2: three chunks of 64. Shared memory has room for one Q.
+        shape = two | {
+            "block_n": 128, "chunks": 3, "chunk_dim": 64, "q_buffers": 1, "k_stages": 2, "v_stages": 2,
+            "out_step": 2,
+        }  # fmt: skip
+    else:
+        # O alone takes 128 registers a thread: 64 keys a tile.
+        shape = two | {
+            "block_n": 64, "chunks": 1, "chunk_dim": 256, "q_buffers": 1, "k_stages": 3, "v_stages": 2,
+        }  # fmt: skip
+    return Config(v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, **shape)

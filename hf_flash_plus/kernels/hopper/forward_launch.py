@@ -1,0 +1,346 @@
+"""From one call to a launch of the Hopper forward kernel.
+
+What depends on the structure of a call only is computed once (:class:`_Plan`). Each call then makes four tensor
+descriptors, allocates its outputs and launches.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...inputs import SHORT_QUERY, AttentionInputs
+from . import config
+from .config import CAUSAL, FULL, INTERVALS, SHORT_CAUSAL, TAIL, WINDOW, Config
+
+if TYPE_CHECKING:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+#: Versions of Triton whose Gluon these kernels were tested with. Gluon is experimental: 3.9 compiles the plain variants
+#: (with more spills), and not those for row intervals.
+TRITON_VERSIONS = ((3, 6),)
+
+#: Keys and values of the heads in flight should stay in the L2 cache together.
+L2_BUDGET = 32 * 2**20
+
+#: What a tensor descriptor can say: 16-byte strides below 2^40 bytes.
+_MAX_STRIDE_BYTES = 2**40
+
+#: Compiler options. Fusion is the default of Triton up to 3.9; the scale belongs into the exponent's multiply-add.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+_LOG2E = 1.4426950408889634
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@cache
+def available_reason() -> str | None:
+    """Why these kernels cannot run here at all; None if they can."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "needs a CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability[0] != 9:
+        return f"needs compute capability 9.x (Hopper), this is {capability[0]}.{capability[1]}"
+    return gluon_reason()
+
+
+@cache
+def gluon_reason() -> str | None:
+    """Why the installed Triton cannot compile these kernels; None if it can."""
+    try:
+        import triton
+    except Exception as error:
+        return f"triton cannot be imported ({type(error).__name__}: {error})"
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    if version not in TRITON_VERSIONS:
+        tested = ", ".join(f"{major}.{minor}" for major, minor in TRITON_VERSIONS)
+        return f"was tested with Triton {tested} only, this is {triton.__version__}"
+    try:
+        from . import forward, intervals  # noqa: F401
+    except Exception as error:  # experimental: what is there may differ between builds of one version
+        return f"the Gluon of triton {triton.__version__} lacks something ({type(error).__name__}: {error})"
+    return None
+
+
+@cache
+def _structure_reason(dtype: torch.dtype, head_dim: int, v_head_dim: int, nheads: int, nheads_k: int) -> str | None:
+    if dtype not in _DTYPES:
+        return f"dtype {str(dtype)[6:]}"
+    if head_dim % 8 or v_head_dim % 8 or config.head_dim_class(head_dim, v_head_dim) is None:
+        return f"head dim {head_dim}" + (f"/{v_head_dim}" if v_head_dim != head_dim else "")
+    if nheads_k == 0 or nheads % nheads_k:
+        return f"{nheads} heads to {nheads_k} key heads"
+    return None
+
+
+def _layout_reason(tensor: Tensor) -> str | None:
+    """Why no tensor descriptor can be made of q, k or v."""
+    if tensor.data_ptr() & 15:
+        return "not aligned to 16 bytes"
+    sizes, strides = tensor.shape, tensor.stride()
+    if strides[3] != 1:
+        return "last dimension not contiguous"
+    limit = _MAX_STRIDE_BYTES // tensor.itemsize
+    for i in range(3):
+        stride = strides[i]
+        if sizes[i] > 1 and (stride & 7 or not 0 < stride < limit):
+            return f"stride {stride}"
+    return None
+
+
+def forward_reason(inputs: AttentionInputs) -> str | None:
+    """Why this call is not served; None if it is. (Availability is :func:`available_reason`'s question.)"""
+    q, k, v, mask = inputs.query, inputs.key, inputs.value, inputs.mask
+    if inputs.dropout_p > 0.0:
+        return "dropout"
+    if mask.bias is not None:
+        return "bias"
+    if mask.key_mask is not None:
+        return "key_mask"
+    if inputs.alibi_slopes is not None:
+        return "ALiBi"
+    if inputs.sinks is not None and inputs.sinks.dim() != 1:
+        return "sinks per row"
+    _, seqlen_q, nheads, head_dim = q.shape
+    _, seqlen_k, nheads_k, v_head_dim = v.shape
+    reason = _structure_reason(q.dtype, head_dim, v_head_dim, nheads, nheads_k)
+    if reason is not None:
+        return reason
+    if seqlen_q <= SHORT_QUERY:
+        return f"seqlen_q {seqlen_q}"
+    if seqlen_k == 0 or q.numel() == 0:
+        return "nothing to compute"
+    if not inputs.softmax_scale > 0.0:
+        return f"softmax_scale {inputs.softmax_scale}"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        reason = _layout_reason(tensor)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+class _Plan:
+    """What all calls of one structure share.
+
+    Attributes:
+        config: what the kernel is compiled for.
+        blocks, layouts: of the descriptors of q, k, v and out.
+        kernels: compiled ones, by device and the dtype of the sinks, to be launched without Triton's own look-up.
+    """
+
+    def __init__(self, chosen: Config, dtype: torch.dtype) -> None:
+        from triton.experimental.gluon import language as gl
+
+        gl_dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
+        c = self.config = chosen
+        self.block_m = 64 * c.consumers
+        self.blocks = (
+            [1, 64, 1, c.chunk_dim],
+            [1, c.block_n, 1, c.chunk_dim],
+            [1, c.block_n, 1, c.v_dim],
+            [1, 64, 1, c.v_dim],
+        )
+        self.layouts = tuple(gl.NVMMASharedLayout.get_default_for(block, gl_dtype) for block in self.blocks)
+        self.piece = gl.NVMMASharedLayout.get_default_for([8, 64], gl_dtype)
+        self.kernels: dict[tuple[int | None, torch.dtype | None], Any] = {}
+
+
+@cache
+def _plan(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: bool, dtype: torch.dtype) -> _Plan:
+    return _Plan(config.select(dims, mode, short, softcap, sinks), dtype)
+
+
+def _mode(inputs: AttentionInputs, seqlen_q: int, seqlen_k: int) -> int:
+    mask = inputs.mask
+    if mask.row_intervals is not None:
+        return INTERVALS
+    if mask.windowed:
+        return WINDOW
+    if not mask.causal:
+        return FULL if seqlen_k % 128 == 0 else TAIL
+    offset = seqlen_k - seqlen_q
+    return CAUSAL if offset >= 0 and offset % 128 == 0 else WINDOW
+
+
+def _window(inputs: AttentionInputs, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+    """``(left, right)`` with causal folded in; a side that is unlimited is wider than anything."""
+    mask = inputs.mask
+    left, right = mask.window
+    if mask.causal:
+        right = 0
+    limit = seqlen_q + seqlen_k
+    return limit if left < 0 else min(left, limit), limit if right < 0 else min(right, limit)
+
+
+@cache
+def _n_programs(device_index: int | None) -> int:
+    """One program to a multiprocessor. (On the meta device, for ahead-of-time compilation: an H200's.)"""
+    if device_index is None:
+        return 132
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def _counter(device: torch.device) -> Tensor:
+    """Two zeros for the kernel to count with; it leaves them at zero.
+
+    Launches of one stream follow one another and share them; streams must not. While a CUDA graph is captured every
+    launch gets its own: the graph may be replayed on any stream, beside anything.
+    """
+    if device.type != "cuda":
+        return torch.empty(2, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    counter = _counters.get(key)
+    if counter is None:
+        counter = _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
+    return counter
+
+
+def _descriptor(tensor: Tensor, block: list[int], layout: Any) -> TensorDescriptor:
+    """A tensor descriptor, without the checks of its constructor: ``forward_reason`` has made them."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    shape = tensor.shape
+    # A dimension of size 1 may have any stride, also one that the hardware does not take.
+    strides = [
+        8 if size == 1 and (stride & 7 or stride <= 0) else stride for size, stride in zip(shape, tensor.stride())
+    ]
+    strides[3] = 1
+    found = object.__new__(TensorDescriptor)
+    found.__dict__.update(
+        base=tensor, shape=list(shape), strides=strides, block_shape=block, layout=layout, padding="zero"
+    )
+    return found
+
+
+class Launch:
+    """A kernel with its grid and arguments."""
+
+    def __init__(self, plan: _Plan, n_programs: int, arguments: tuple[Any, ...], key: tuple[Any, ...]) -> None:
+        self.plan = plan
+        self.n_programs = n_programs
+        self.arguments = arguments
+        self.key = key
+
+    def run(self) -> None:
+        kernels = self.plan.kernels
+        compiled = kernels.get(self.key)
+        if compiled is not None:
+            compiled[self.n_programs, 1, 1](*self.arguments)
+            return
+        from .forward import attention_forward
+
+        kernels[self.key] = attention_forward[self.n_programs, 1, 1](*self.arguments, **OPTIONS)
+
+    def warm_up(self) -> Any:
+        """Compile, and launch nothing."""
+        from .forward import attention_forward
+
+        return attention_forward.warmup(*self.arguments, grid=(self.n_programs,), **OPTIONS)
+
+
+class SummaryLaunch:
+    """The launch that summarises row intervals, and where it puts what it finds."""
+
+    def __init__(self, inputs: AttentionInputs, window: tuple[int, int], block_m: int, block_n: int) -> None:
+        intervals = inputs.mask.row_intervals
+        assert intervals is not None
+        seqlen_q, seqlen_k = inputs.query.shape[1], inputs.key.shape[1]
+        batch = intervals.shape[0]
+        tiles = -(-seqlen_q // block_m)
+        memory = torch.empty(batch * tiles * (2 * block_m + 8), dtype=torch.int32, device=intervals.device)
+        split = batch * tiles * 2 * block_m
+        self.bounds, self.summary = memory[:split], memory[split:]
+        self.grid = (tiles, batch, 1)
+        strides = (intervals.stride(0) if batch > 1 else 0, *intervals.stride()[1:])
+        self.arguments = (intervals, self.bounds, self.summary, *strides, seqlen_q, seqlen_k, *window)
+        self.options = {"ROWS": block_m, "BLOCK_M": 1 << (block_m - 1).bit_length(), "BLOCK_N": block_n}
+
+    def run(self) -> None:
+        from .intervals import summarize_intervals
+
+        summarize_intervals[self.grid](*self.arguments, **self.options, **OPTIONS)
+
+    def warm_up(self) -> Any:
+        from .intervals import summarize_intervals
+
+        return summarize_intervals.warmup(*self.arguments, **self.options, grid=self.grid, **OPTIONS)
+
+
+def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryLaunch | None, Launch]:
+    """The launches of a call that ``forward_reason`` has nothing against."""
+    q, k, v, sinks = inputs.query, inputs.key, inputs.value, inputs.sinks
+    batch, seqlen_q, nheads, head_dim = q.shape
+    _, seqlen_k, nheads_k, v_head_dim = v.shape
+    mode = _mode(inputs, seqlen_q, seqlen_k)
+    dims = config.head_dim_class(head_dim, v_head_dim)
+    assert dims is not None
+    softcap, scale = inputs.softcap, inputs.softmax_scale
+    plan = _plan(dims, mode, seqlen_k <= SHORT_CAUSAL, softcap > 0.0, sinks is not None, q.dtype)
+    window = (0, 0)
+    summary = bounds = tiles = None
+    if mode >= WINDOW:
+        window = _window(inputs, seqlen_q, seqlen_k)
+    if mode == INTERVALS:
+        summary = SummaryLaunch(inputs, window, plan.block_m, plan.config.block_n)
+        bounds, tiles = summary.bounds, summary.summary
+    n_heads = batch * nheads
+    # Heads in flight together: those of the key heads whose keys and values fit the cache.
+    per_head = seqlen_k * (head_dim + v_head_dim) * q.itemsize
+    section = min(max(1, L2_BUDGET // per_head) * (nheads // nheads_k), n_heads)
+    factor, cap_factor = (scale * _LOG2E, 0.0)
+    if softcap > 0.0:
+        factor, cap_factor = softcap * _LOG2E, 2.0 * _LOG2E * scale / softcap
+    blocks, layouts = plan.blocks, plan.layouts
+    arguments = (
+        _descriptor(q, blocks[0], layouts[0]),
+        _descriptor(k, blocks[1], layouts[1]),
+        _descriptor(v, blocks[2], layouts[2]),
+        _descriptor(out, blocks[3], layouts[3]),
+        lse,
+        _counter(q.device),
+        bounds,
+        tiles,
+        sinks,
+        seqlen_q,
+        seqlen_k,
+        nheads,
+        nheads // nheads_k,
+        n_heads,
+        section,
+        *window,
+        0 if tiles is None or inputs.mask.row_intervals.shape[0] == 1 else 1,  # type: ignore[union-attr]
+        0 if sinks is None else sinks.stride(0),
+        factor,
+        cap_factor,
+        plan.config,
+        plan.piece,
+    )
+    n_programs = min(_n_programs(q.device.index), n_heads * -(-seqlen_q // plan.block_m))
+    key = (q.device.index, None if sinks is None else sinks.dtype)
+    return summary, Launch(plan, n_programs, arguments, key)
+
+
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """``out`` (batch, seqlen_q, nheads, v_head_dim) and ``lse`` (batch, nheads, seqlen_q) of one call.
+
+    The current device must be that of the tensors.
+    """
+    q = inputs.query
+    batch, seqlen_q, nheads, _ = q.shape
+    out = torch.empty((batch, seqlen_q, nheads, inputs.value.shape[3]), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32, device=q.device)
+    summary, launch = prepare(inputs, out, lse)
+    if summary is not None:
+        summary.run()
+    launch.run()
+    return out, lse

@@ -1,0 +1,85 @@
+"""Row intervals, prepared for the Hopper kernels: bounds of every row, and a summary of every tile of rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..primitives import row_bounds, tile_bounds
+
+RUNTIME = (
+    "intervals_ptr", "bounds_ptr", "summary_ptr", "stride_b", "stride_s", "stride_c", "seqlen_q", "seqlen_k",
+    "window_left", "window_right",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def summarize_intervals(
+    intervals_ptr,
+    bounds_ptr,
+    summary_ptr,
+    stride_b,
+    stride_s,
+    stride_c,
+    seqlen_q,
+    seqlen_k,
+    window_left,
+    window_right,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per (tile of ROWS rows, batch element). BLOCK_M is ROWS rounded up to a power of 2.
+
+    Bounds are the intervals met with the window and clamped to the keys there are; rows beyond ``seqlen_q`` are empty.
+    A window without a side is wider than both lengths. The summary's fields are named in ``schedule``.
+    """
+    row_tile, batch = tl.program_id(0), tl.program_id(1)
+    n_tiles = tl.num_programs(0)
+    local = tl.arange(0, BLOCK_M)
+    first_row = row_tile * ROWS
+    rows = first_row + local
+    mine = local < ROWS
+    intervals_ptr += batch.to(tl.int64) * stride_b
+    start, end = row_bounds(
+        tl.where(mine, rows, seqlen_q), intervals_ptr, stride_s, stride_c, seqlen_q, seqlen_k, window_left,
+        window_right, True, True, True,
+    )  # fmt: skip
+    inside = mine & (rows < seqlen_q)
+    start = tl.where(inside, tl.maximum(start, 0), 0)
+    end = tl.where(inside, end, 0)
+    bounds = bounds_ptr + (batch * n_tiles * ROWS + rows) * 2
+    tl.store(bounds, start, mask=mine)
+    tl.store(bounds + 1, end, mask=mine)
+
+    seen = end > start
+    counted = first_row + ROWS
+    first, last, full_first, full_last = tile_bounds(
+        start, end, first_row, intervals_ptr, stride_s, stride_c, tl.minimum(seqlen_q, counted), seqlen_k, window_left,
+        window_right, True, True, True, BLOCK_M,
+    )  # fmt: skip
+    # A tile that sees nothing gets one block, wholly masked.
+    first = tl.minimum(first, last)
+    n_blocks = tl.maximum((last - first + (BLOCK_N - 1)) // BLOCK_N, 1)
+    n_begin = tl.minimum(tl.maximum(full_first - first + (BLOCK_N - 1), 0) // BLOCK_N, n_blocks)
+    n_full = tl.maximum(tl.maximum(tl.minimum(full_last, last) - first, 0) // BLOCK_N - n_begin, 0)
+
+    # The keys of a tile have no gaps if its rows that see anything follow one another and each meets the one before.
+    before = tl.maximum(rows - 1, 0)
+    start_before, end_before = row_bounds(
+        tl.where(mine, before, seqlen_q), intervals_ptr, stride_s, stride_c, seqlen_q, seqlen_k, window_left,
+        window_right, True, True, True,
+    )  # fmt: skip
+    start_before = tl.maximum(start_before, 0)
+    seen_before = (end_before > start_before) & (local > 0)
+    apart = seen & seen_before & ((start > end_before) | (start_before > end))
+    n_runs = tl.sum((seen & (seen_before == 0)).to(tl.int32), axis=0)
+    gaps = (tl.max(apart.to(tl.int32), axis=0) > 0) | (n_runs > 1)
+
+    summary = summary_ptr + (batch * n_tiles + row_tile) * 8
+    tl.store(summary + 1, n_blocks)
+    tl.store(summary + 2, n_blocks - n_begin - n_full)
+    tl.store(summary + 3, n_begin)
+    tl.store(summary + 4, first)
+    tl.store(summary + 5, last)
+    tl.store(summary + 6, gaps.to(tl.int32))

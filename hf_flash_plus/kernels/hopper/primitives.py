@@ -1,0 +1,80 @@
+"""Arithmetic on the tiles that one consumer warpgroup holds: 64 rows by BLOCK_N keys of scores, in registers."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+LN2 = gl.constexpr(0.6931471805599453)
+LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.constexpr_function
+def _pack_asm(dtype):
+    return f"cvt.rn.{'bf16x2' if dtype.is_bf16() else 'f16x2'}.f32 $0, $2, $1;"
+
+
+@gluon.jit
+def pack(p, BLOCK_N: gl.constexpr, DTYPE: gl.constexpr):
+    """fp32 (64, BLOCK_N) to int32 (64, BLOCK_N / 2), pairs of DTYPE.
+
+    The weights cross loop iterations in this form: as single 16-bit values ptxas keeps them unpacked, at 64 byte
+    permutations an iteration.
+    """
+    even, odd = p.reshape([64, BLOCK_N // 2, 2]).split()
+    asm: gl.constexpr = _pack_asm(DTYPE)
+    return gl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def unpack(pairs, BLOCK_N: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The inverse of :func:`pack`, as the first operand of a matrix product."""
+    even = (pairs & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True)
+    odd = (pairs >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+    return gl.convert_layout(gl.join(even, odd).reshape([64, BLOCK_N]), LAYOUT)
+
+
+@gluon.jit
+def tanh(x2):
+    """``tanh(x)`` of ``x2 = 2 * log2(e) * x``, to an absolute error of 1e-7."""
+    denominator = 1.0 + gl.exp2(x2)
+    inverse = gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return 1.0 - 2.0 * inverse
+
+
+@gluon.jit
+def softmax_step(scores, top, factor, MAY_BE_EMPTY: gl.constexpr):
+    """New row maxima (base 2), the factor for what came before, and the weights of one tile.
+
+    ``factor`` turns scores to base 2, inside the exponent. MAY_BE_EMPTY: a row may have seen nothing yet.
+    """
+    new_top = gl.maximum(top, gl.max(scores, 1) * factor)
+    shift = new_top
+    if MAY_BE_EMPTY:
+        shift = gl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = gl.exp2(scores * factor - shift[:, None])
+    decay = gl.exp2(top - shift)
+    return new_top, decay, weights
+
+
+@gluon.constexpr_function
+def _turn_asm(op, barrier):
+    return f"bar.{op} {barrier}, 256; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def take_turn(W: gl.constexpr, C: gl.constexpr):
+    """Wait until the other of two warpgroups has started its matrix products (named barriers 8 and 9)."""
+    if C.turns:
+        asm: gl.constexpr = _turn_asm("sync", 8 + W)
+        gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def give_turn(W: gl.constexpr, C: gl.constexpr):
+    """Let the other warpgroup start."""
+    if C.turns:
+        asm: gl.constexpr = _turn_asm("arrive", 9 - W)
+        gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)

@@ -1,0 +1,222 @@
+"""Which query rows and keys belong to a tile, in what order: what all warps of a program agree on.
+
+The keys of a tile are cut into blocks of BLOCK_N. FULL, TAIL and CAUSAL compute everything from the tile's number.
+WINDOW and INTERVALS need more: the warp that claims a tile describes it in shared memory (the fields below), the
+others read that.
+Blocks that need masking come first: those at the end of the tile's keys, downwards, then those at the beginning,
+upwards; then the blocks that all rows see, downwards. The online softmax does not mind.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from . import config
+
+FULL = gl.constexpr(config.FULL)
+TAIL = gl.constexpr(config.TAIL)
+CAUSAL = gl.constexpr(config.CAUSAL)
+WINDOW = gl.constexpr(config.WINDOW)
+INTERVALS = gl.constexpr(config.INTERVALS)
+
+#: Fields of a tile's description in shared memory: the tile's number, its blocks (all, those masked at the end, those
+#: masked at the beginning), its first key, the end of its keys, and whether there are keys between that no row sees.
+N_FIELDS = gl.constexpr(8)
+TILE, N_BLOCKS, N_END, N_BEGIN, FIRST, LAST, GAPS = (gl.constexpr(i) for i in range(7))
+
+
+class Problem(NamedTuple):
+    """The sizes and pointers of a call, as the kernel passes them to its roles."""
+
+    seqlen_q: gl.tensor
+    seqlen_k: gl.tensor
+    offset: gl.tensor  # seqlen_k - seqlen_q: the key on the diagonal of row 0
+    nheads: gl.tensor
+    group: gl.tensor  # query heads to a key head
+    n_heads_total: gl.tensor  # batch * nheads
+    section: gl.tensor  # how many heads are in flight together
+    window_left: gl.tensor
+    window_right: gl.tensor
+    bounds_ptr: gl.tensor  # (batch or 1, row tiles * BLOCK_M, 2): rows' keys [start, end)
+    summary_ptr: gl.tensor  # (batch or 1, row tiles, N_FIELDS)
+    intervals_batch: gl.tensor  # 0 where all batch elements share their row intervals, else 1
+    sinks_ptr: gl.tensor
+    sinks_stride: gl.tensor
+    lse_ptr: gl.tensor
+    factor: gl.tensor  # turns scores to base 2
+    cap_factor: gl.tensor  # 2 * log2(e) * scale / softcap
+
+
+class Tile(NamedTuple):
+    """One tile of query rows: its first row, batch element, head, and its blocks of keys."""
+
+    first_row: gl.tensor
+    batch: gl.tensor
+    head: gl.tensor
+    n_blocks: gl.tensor
+    n_end: gl.tensor
+    n_begin: gl.tensor
+    first_key: gl.tensor
+
+
+@gluon.jit
+def n_row_tiles(p, C: gl.constexpr):
+    return (p.seqlen_q + (C.consumers * 64 - 1)) // (C.consumers * 64)
+
+
+@gluon.jit
+def place(number, p, C: gl.constexpr):
+    """``(first row, batch, head)`` of tile ``number``; the longest first, within a section of heads that share L2."""
+    n_tiles = n_row_tiles(p, C)
+    if C.mode == FULL or C.mode == TAIL:
+        row_tile = number % n_tiles
+        head = number // n_tiles
+    else:
+        section = number // (n_tiles * p.section)
+        rest = number % (n_tiles * p.section)
+        size = min(p.section, p.n_heads_total - section * p.section)
+        row_tile = n_tiles - 1 - rest // size
+        head = section * p.section + rest % size
+    return row_tile * (C.consumers * 64), head // p.nheads, head % p.nheads
+
+
+@gluon.jit
+def read(tiles, index, WARPS: gl.constexpr):
+    """One number from shared memory, in all threads."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    return gl.max(tiles.index(index).load(layout), 0)
+
+
+@gluon.jit
+def write(tiles, index, value):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    tiles.index(index).store(gl.full([1], value, gl.int32, layout))
+
+
+@gluon.constexpr_function
+def fields(mode):
+    """How many numbers describe a tile."""
+    return 8 if mode >= config.WINDOW else 1
+
+
+@gluon.jit
+def describe(number, tiles, slot, p, C: gl.constexpr):
+    """Write tile ``number`` into a slot of shared memory, for the other warps."""
+    if C.mode < WINDOW:
+        write(tiles, slot, number)
+    else:
+        BLOCK_M: gl.constexpr = C.consumers * 64
+        BLOCK_N: gl.constexpr = C.block_n
+        first_row, batch, _ = place(number, p, C)
+        at = slot * N_FIELDS
+        write(tiles, at + TILE, number)
+        if C.mode == WINDOW:
+            last_row = min(first_row + BLOCK_M, p.seqlen_q) - 1
+            first = max(first_row + p.offset - p.window_left, 0)
+            last = min(last_row + p.offset + p.window_right + 1, p.seqlen_k)
+            full_first = max(last_row + p.offset - p.window_left, 0)
+            full_last = min(first_row + p.offset + p.window_right + 1, p.seqlen_k)
+            # A tile that sees nothing gets one block, wholly masked.
+            first = min(first, max(last, 0))
+            n_blocks = max((last - first + (BLOCK_N - 1)) // BLOCK_N, 1)
+            n_begin = min(max(full_first - first + (BLOCK_N - 1), 0) // BLOCK_N, n_blocks)
+            n_full = max(max(min(full_last, last) - first, 0) // BLOCK_N - n_begin, 0)
+            write(tiles, at + N_BLOCKS, n_blocks)
+            write(tiles, at + N_END, n_blocks - n_begin - n_full)
+            write(tiles, at + N_BEGIN, n_begin)
+            write(tiles, at + FIRST, first)
+        else:
+            row_tile = batch * p.intervals_batch * n_row_tiles(p, C) + first_row // BLOCK_M
+            summary = p.summary_ptr + row_tile * N_FIELDS
+            for field in gl.static_range(1, 7):
+                write(tiles, at + field, gl.load(summary + field))
+
+
+@gluon.jit
+def look_up(number, tiles, slot, p, WARPS: gl.constexpr, C: gl.constexpr):
+    """The tile ``number``, which lies in ``slot``."""
+    first_row, batch, head = place(number, p, C)
+    if C.mode < WINDOW:
+        last = p.seqlen_k
+        if C.mode == CAUSAL:
+            last = min(first_row + C.consumers * 64 + p.offset, last)
+        n_blocks = (last + (C.block_n - 1)) // C.block_n
+        return Tile(first_row, batch, head, n_blocks, 0, 0, 0)
+    else:
+        at = slot * N_FIELDS
+        n_blocks = read(tiles, at + N_BLOCKS, WARPS)
+        n_end, n_begin = read(tiles, at + N_END, WARPS), read(tiles, at + N_BEGIN, WARPS)
+        return Tile(first_row, batch, head, n_blocks, n_end, n_begin, read(tiles, at + FIRST, WARPS))
+
+
+@gluon.jit
+def block_key(step, tile, C: gl.constexpr):
+    """The first key of the block that comes at ``step``."""
+    block = tile.n_blocks - 1 - step
+    if C.mode >= WINDOW:
+        if step >= tile.n_end:
+            block += tile.n_begin
+            if step < tile.n_end + tile.n_begin:
+                block = step - tile.n_end
+        return tile.first_key + block * C.block_n
+    else:
+        return block * C.block_n
+
+
+@gluon.jit
+def leading_hidden(tile, p, W: gl.constexpr, C: gl.constexpr):
+    """How many leading blocks of a causal tile warpgroup W leaves out, since they are hidden from all its rows."""
+    end = tile.first_row + (W * 64 + 64) + p.offset
+    return max(tile.n_blocks - (end + (C.block_n - 1)) // C.block_n, 0)
+
+
+@gluon.jit
+def row_bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """The keys [start, end) of warpgroup W's rows, for INTERVALS."""
+    rows = tile.first_row + W * 64 + gl.arange(0, 64, LAYOUT)
+    n_rows = n_row_tiles(p, C) * (C.consumers * 64)
+    at = p.bounds_ptr + (tile.batch * p.intervals_batch * n_rows + rows) * 2
+    return gl.load(at), gl.load(at + 1)
+
+
+@gluon.jit
+def hide(scores, first_key, tile, start, end, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """Scores of hidden keys to -inf, whatever NaN the memory of those keys made of them."""
+    keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
+    if C.mode == TAIL:
+        visible = (keys < p.seqlen_k)[None, :]
+    elif C.mode == CAUSAL:
+        diagonal = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
+        visible = diagonal[:, None] >= keys[None, :]
+    elif C.mode == WINDOW:
+        # Computed anew each time: two registers that need not live through the loop.
+        diagonal = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
+        end = gl.minimum(diagonal + (p.window_right + 1), p.seqlen_k)
+        visible = (keys[None, :] >= (diagonal - p.window_left)[:, None]) & (keys[None, :] < end[:, None])
+    else:
+        visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
+    return gl.where(visible, scores, float("-inf"))
+
+
+@gluon.jit
+def needs_hiding(first_key, tile, p, W: gl.constexpr, FIRST_BLOCK: gl.constexpr, C: gl.constexpr):
+    """Whether a block, the first or another of those that need masking, holds keys hidden from some of W's rows.
+
+    Worth a branch, and the branch keeps ptxas from turning the mask into bit sets ahead of the wait for the scores
+    (390 instead of 165 instructions).
+    """
+    if C.mode == TAIL:
+        return first_key + C.block_n > p.seqlen_k
+    elif C.mode == CAUSAL:
+        return first_key + C.block_n > tile.first_row + (W * 64 + 1) + p.offset
+    elif C.mode == WINDOW:
+        low = tile.first_row + W * 64 + p.offset
+        late = first_key + C.block_n > min(low + (p.window_right + 1), p.seqlen_k)
+        return late | (first_key < low + 63 - p.window_left)
+    elif FIRST_BLOCK:
+        return tile.n_end + tile.n_begin > 0
+    else:
+        return tile.n_blocks > 0  # always, but the compiler does not know

@@ -1,0 +1,333 @@
+"""The Hopper forward kernel on its GPU: every feature against float64, and its behaviour among streams and graphs.
+
+A wrong barrier makes such a kernel wait for ever. So a first call runs in a process of its own, and every call here is
+watched: one that does not end ends the test run instead of holding the machine.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_flash_plus.inputs import AttentionInputs
+from hf_flash_plus.kernels.hopper import forward_launch
+from hf_flash_plus.masks import AttentionMask
+from tests.kernels.cases import REFERENCE, Built, Case, assert_within, build, eager, poisoned_allocations
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP16 = torch.bfloat16, torch.float16
+BASE = Case(seqlen_q=385, seqlen_k=513, nheads=4, nheads_k=2, head_dim=128, v_head_dim=128, dtype=BF16)
+MASKS = [
+    (), ("causal",), ("window",), ("left_window",), ("right_window",), ("packed",), ("documents",), ("left_padding",),
+    ("intervals",), ("one_interval",), ("nothing",), ("causal", "packed"), ("left_window", "packed"),
+]  # fmt: skip
+
+
+def _sized(case: Case, head_dim: int, v_head_dim: int | None = None) -> Case:
+    return replace(case, head_dim=head_dim, v_head_dim=v_head_dim or head_dim)
+
+
+CASES = [_sized(replace(BASE, features=features), dim) for dim in (128, 64) for features in MASKS]
+CASES += [  # softcap and sinks, alone and together, with each way to find a row's keys
+    _sized(replace(BASE, features=(*mask, *terms)), dim)
+    for mask, terms, dim in (
+        ((), ("softcap",), 128),
+        (("causal",), ("softcap",), 64),
+        ((), ("sinks",), 64),
+        (("causal",), ("sinks",), 128),
+        (("nothing",), ("sinks",), 128),
+        (("left_window",), ("sinks",), 64),
+        (("intervals",), ("softcap", "sinks"), 64),
+        (("packed",), ("softcap", "sinks"), 128),
+    )
+]
+CASES += [
+    _sized(replace(BASE, features=features, dtype=FP16), dim)
+    for dim in (64, 128)
+    for features in (("causal",), ("packed",))
+]
+CASES += [
+    replace(BASE, features=features, head_dim=dim, v_head_dim=v_dim)
+    for dim, v_dim in ((256, 256), (192, 128))
+    for features in ((), ("causal",), ("left_window",), ("intervals",), ("packed", "softcap", "sinks"))
+]
+CASES += [  # narrower heads, padded with zeros as they are loaded
+    replace(BASE, features=("causal",), head_dim=dim, v_head_dim=v_dim)
+    for dim, v_dim in ((32, 32), (40, 40), (80, 80), (96, 96), (72, 128), (128, 64), (160, 96), (192, 192), (136, 256))
+]
+CASES += [  # lengths
+    Case(features, batch, seqlen_q, seqlen_k, nheads, nheads_k, dim, dim, BF16)
+    for seqlen_q, seqlen_k, batch, nheads, nheads_k in (
+        (17, 1, 2, 4, 4),
+        (17, 17, 3, 4, 1),
+        (64, 64, 1, 1, 1),
+        (128, 128, 2, 2, 2),
+        (129, 65, 2, 4, 2),
+        (192, 448, 2, 4, 2),  # causal: the diagonal begins at a multiple of 128 or of 64
+        (200, 328, 2, 4, 2),
+        (300, 1000, 1, 8, 1),
+        (1000, 300, 2, 4, 4),
+        (1024, 1024, 2, 20, 5),
+        (1025, 1025, 3, 20, 20),
+        (3000, 3000, 1, 4, 2),
+        (4095, 4095, 1, 3, 1),
+    )
+    for features, dim in (((), 128), (("causal",), 128), (("causal",), 64))
+]
+CASES += [
+    Case(features, 2, seqlen, seqlen, 5, 5, dim, v_dim, BF16)
+    for features in ((), ("causal",), ("packed",))
+    for seqlen in (2048, 2060)
+    for dim, v_dim in ((64, 64), (128, 128), (192, 128), (256, 256))
+]
+CASES = list(dict.fromkeys(CASES))
+
+T = TypeVar("T")
+
+
+def watched(run: Callable[[], T], seconds: float = 20.0) -> T:
+    """The result of ``run`` once the device is done with it; a device that does not finish ends this process."""
+    result = run()
+    event = torch.cuda.Event()
+    event.record()
+    end = time.monotonic() + seconds
+    while not event.query():
+        if time.monotonic() > end:
+            test = os.environ.get("PYTEST_CURRENT_TEST", "the Hopper kernel")
+            print(f"\n{test}: the kernel does not end; giving up", file=sys.__stderr__, flush=True)
+            os._exit(3)
+        time.sleep(0.0002)
+    return result
+
+
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    reason = forward_launch.forward_reason(inputs)
+    assert reason is None, reason
+    return watched(lambda: forward_launch.forward(inputs))
+
+
+def check(case: Case) -> None:
+    """``out`` and ``lse`` of a case against the float64 oracle, within twice the error of eager attention."""
+    built = build(case, "cuda")
+    with poisoned_allocations():
+        out, lse = forward(built.inputs)
+    assert out.is_contiguous() and lse.is_contiguous() and out.dtype == case.dtype
+    exact, exact_lse = _oracle(built)
+    half, _ = eager(replace(built, dout=torch.zeros_like(exact, dtype=case.dtype)))
+    error = (half.double() - exact).abs().max().item()
+    assert_within("out", out, exact, 2 * error + 1e-4 * (1 + exact.abs().max().item()))
+    empty = exact_lse == float("-inf")
+    assert torch.equal(lse == float("-inf"), empty), "lse is -inf on other rows than expected"
+    assert not out.transpose(1, 2)[empty].any(), "rows that see nothing are not 0"
+    exact_lse = exact_lse.masked_fill(empty, 0.0)
+    assert_within("lse", lse.masked_fill(empty, 0.0), exact_lse, 1e-5 + 1e-4 * (1 + exact_lse.abs().max().item()))
+
+
+def _oracle(built: Built) -> tuple[Tensor, Tensor]:
+    clean = built.clean
+    sinks = None if clean.sinks is None else clean.sinks.double()
+    wide = {name: getattr(clean, name).double() for name in ("query", "key", "value")}
+    output = REFERENCE.forward(replace(clean, sinks=sinks, **wide))
+    return output.out, output.softmax_lse
+
+
+def compile_case(case: Case) -> str:
+    """Compile a case's kernels into Triton's cache; runs in a worker process and launches nothing."""
+    built = build(case, "cuda")
+    q = built.inputs.query
+    out = torch.empty(*q.shape[:3], case.v_head_dim, dtype=q.dtype, device="cuda")
+    lse = torch.empty(case.batch, case.nheads, case.seqlen_q, device="cuda")
+    summary, launch = forward_launch.prepare(built.inputs, out, lse)
+    if summary is not None:
+        summary.warm_up()
+    launch.warm_up()
+    return str(case)
+
+
+_SMOKE = """
+import torch
+from tests.gpu.test_hopper import BASE, check
+from dataclasses import replace
+for features in ((), ("causal",), ("packed",)):
+    check(replace(BASE, features=features))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    reason = forward_launch.available_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    jobs = int(os.environ.get("HF_FLASH_PLUS_COMPILE_JOBS", "8"))
+    if jobs > 1 and "PYTEST_XDIST_WORKER" not in os.environ:
+        variants = {}
+        for case in CASES:
+            features = frozenset(case.features) - {"window", "right_window"}
+            tail = case.seqlen_k % 128 == 0, (case.seqlen_k - case.seqlen_q) % 128 == 0, case.seqlen_k <= 1024
+            variants.setdefault((features, case.head_dim, case.v_head_dim, case.dtype, tail), case)
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+            for future in [pool.submit(compile_case, case) for case in variants.values()]:
+                with contextlib.suppress(Exception):  # the test itself will fail with it
+                    future.result()
+    try:
+        done = subprocess.run([sys.executable, "-c", _SMOKE], capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        pytest.exit("the first calls of the Hopper kernel do not end", returncode=3)
+    if done.returncode:
+        pytest.fail(f"the first calls of the Hopper kernel failed:\n{done.stdout}{done.stderr}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case: Case) -> None:
+    check(case)
+
+
+def _inputs(
+    batch: int, seqlen: int, nheads: int, nheads_k: int, dim: int, mask: AttentionMask, seed: int = 0
+) -> AttentionInputs:
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(batch, seqlen, n, dim, device="cuda", dtype=BF16) for n in (nheads, nheads_k, nheads_k))
+    return AttentionInputs(q, k, v, dim**-0.5, mask)
+
+
+def _documents(batch: int, seqlen: int) -> AttentionMask:
+    rows = torch.arange(seqlen, dtype=torch.int32, device="cuda")
+    return AttentionMask(row_intervals=torch.stack((rows // 300 * 300, rows + 1), dim=-1).expand(batch, -1, -1))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("mask", ["full", "causal", "documents"])
+def test_bitwise_repeatable(dim: int, mask: str) -> None:
+    masks = {"full": AttentionMask(), "causal": AttentionMask(causal=True), "documents": _documents(3, 1500)}
+    inputs = _inputs(3, 1500, 16, 4, dim, masks[mask])
+    out, lse = forward(inputs)
+    for _ in range(50):
+        again, again_lse = forward(inputs)
+        assert torch.equal(out, again) and torch.equal(lse, again_lse)
+
+
+@pytest.mark.parametrize("layout", ["projection", "heads_first", "sliced", "one_row_batch"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_views(layout: str, dim: int) -> None:
+    """Views are read where they lie, with the result of copies."""
+    torch.manual_seed(0)
+    batch, seqlen, nheads = 2, 333, 4
+    if layout == "projection":
+        qkv = torch.randn(batch, seqlen, 3, nheads, dim, device="cuda", dtype=BF16)
+        q, k, v = qkv.unbind(2)
+    elif layout == "heads_first":
+        q, k, v = (torch.randn(batch, nheads, seqlen, dim, device="cuda", dtype=BF16).transpose(1, 2) for _ in range(3))
+    elif layout == "sliced":
+        q, k, v = (torch.randn(batch, seqlen + 9, nheads + 2, dim + 24, device="cuda", dtype=BF16) for _ in range(3))
+        q, k, v = (t[:, 5 : seqlen + 5, 1:-1, 8 : dim + 8] for t in (q, k, v))
+    else:
+        flat = torch.randn(3, seqlen, nheads * dim, device="cuda", dtype=BF16)
+        q, k, v = (t.as_strided((1, seqlen, nheads, dim), (7, nheads * dim, dim, 1)) for t in flat)
+    inputs = AttentionInputs(q, k, v, dim**-0.5, AttentionMask(causal=True))
+    copies = replace(inputs, query=q.contiguous(), key=k.contiguous(), value=v.contiguous())
+    for a, b in zip(forward(inputs), forward(copies)):
+        assert torch.equal(a, b)
+
+
+def test_what_is_declined() -> None:
+    inputs = _inputs(2, 64, 4, 2, 64, AttentionMask())
+    assert forward_launch.forward_reason(inputs) is None
+    wide = torch.randn(2, 64, 4, 66, device="cuda", dtype=BF16)
+    declined = {
+        "dropout": replace(inputs, dropout_p=0.1),
+        "bias": replace(inputs, mask=AttentionMask(bias=torch.zeros(1, 1, 64, 64, device="cuda"))),
+        "key_mask": replace(inputs, mask=AttentionMask(key_mask=torch.ones(2, 64, dtype=torch.bool, device="cuda"))),
+        "ALiBi": replace(inputs, alibi_slopes=torch.ones(4, device="cuda")),
+        "float32": replace(inputs, query=inputs.query.float(), key=inputs.key.float(), value=inputs.value.float()),
+        "seqlen_q 16": replace(inputs, query=inputs.query[:, :16]),
+        "q: not aligned": replace(inputs, query=wide[..., 1:65]),
+        "q: stride": replace(inputs, query=wide[..., :64]),
+        "k: stride 0": replace(inputs, key=inputs.key[:, :, :1].expand(-1, -1, 2, -1)),
+    }
+    for words, call in declined.items():
+        reason = forward_launch.forward_reason(call)
+        assert reason is not None and reason.startswith(words), (words, reason)
+
+
+def test_streams_side_by_side() -> None:
+    """Launches on two streams at once do not take each other's tiles."""
+    calls = [
+        _inputs(1, 700, 6, 6, 128, AttentionMask(causal=True)),
+        _inputs(2, 900, 4, 2, 64, AttentionMask(causal=True), seed=1),
+        _inputs(1, 800, 4, 4, 128, _documents(1, 800), seed=2),
+    ]
+    alone = [forward(inputs) for inputs in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    results: list[list[tuple[Tensor, Tensor]]] = [[] for _ in calls]
+
+    def run() -> None:
+        for _ in range(30):
+            for stream, inputs, found in zip(streams, calls, results):
+                with torch.cuda.stream(stream):
+                    found.append(forward_launch.forward(inputs))
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+
+    torch.cuda.synchronize()
+    watched(run)
+    for expected, found in zip(alone, results):
+        for out, lse in found:
+            assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+
+
+@pytest.mark.parametrize("mask", ["causal", "documents"])
+def test_cuda_graph(mask: str) -> None:
+    """Captured, replayed with other data, and beside launches outside the graph."""
+    chosen = AttentionMask(causal=True) if mask == "causal" else _documents(2, 600)
+    inputs = _inputs(2, 600, 4, 2, 128, chosen)
+    other = _inputs(2, 600, 4, 2, 128, chosen, seed=1)
+    forward(inputs)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        forward_launch.forward(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = forward_launch.forward(inputs)
+        second = forward_launch.forward(inputs)
+    inputs.query.copy_(other.query)
+    inputs.key.copy_(other.key)
+    inputs.value.copy_(other.value)
+    torch.cuda.synchronize()
+
+    def run() -> None:
+        for _ in range(5):
+            with torch.cuda.stream(stream):
+                forward_launch.forward(other)
+            graph.replay()
+            forward_launch.forward(other)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    watched(run)
+    out, lse = forward(other)
+    for found in (first, second):
+        assert torch.equal(found[0], out) and torch.equal(found[1], lse)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """The last batch element lies behind 2^31 elements."""
+    q = torch.empty(23, 8192, 48, 256, device="cuda", dtype=BF16)  # 2.3e9 elements, 4.6 GB
+    q[-1].normal_()
+    whole = AttentionInputs(q, q, q, 0.1, AttentionMask(window=(64, 0)))
+    last = replace(whole, query=q[-1:], key=q[-1:], value=q[-1:])
+    assert torch.equal(forward(whole)[0][-1:], forward(last)[0])

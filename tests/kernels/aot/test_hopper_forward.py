@@ -1,0 +1,163 @@
+"""The Hopper forward kernel compiles without a GPU, fits shared memory, keeps its registers, and its matrix products
+stay asynchronous. A representative set runs by default; ``HF_FLASH_PLUS_AOT=full`` compiles every variant."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles kernels: run without TRITON_INTERPRET", allow_module_level=True)
+pytest.importorskip("triton")
+
+from hf_flash_plus.inputs import AttentionInputs
+from hf_flash_plus.kernels.hopper import forward_launch
+from hf_flash_plus.masks import AttentionMask
+
+from .compiling import _BIN, TARGETS, call, compiling_for
+
+if forward_launch.gluon_reason() is not None:
+    pytest.skip(forward_launch.gluon_reason(), allow_module_level=True)
+
+#: Bytes of registers that a thread may spill, all outside the inner loops. Three warpgroups (head dimension 64) leave
+#: each thread 160 registers, of which causal and full calls spill a few between two tiles.
+SPILLS = {64: 256, 128: 128, 192: 128, 256: 128}
+#: The same where the last block of keys is masked: paid once a tile.
+TAIL_SPILLS = 512
+
+
+class Variant(NamedTuple):
+    dims: tuple[int, int]
+    mask: str
+    dtype: torch.dtype = torch.bfloat16
+    terms: bool = False  # softcap and sinks
+
+    def __str__(self) -> str:
+        return f"d{self.dims[0]}v{self.dims[1]}-{self.mask}-{str(self.dtype)[6:]}" + "-terms" * self.terms
+
+
+FULL = [
+    Variant(dims, mask, dtype, terms)
+    for dims, mask, dtype, terms in itertools.product(
+        ((64, 64), (128, 128), (192, 128), (256, 256)),
+        ("full", "tail", "causal", "short", "window", "intervals"),
+        (torch.bfloat16, torch.float16),
+        (False, True),
+    )
+]
+REPRESENTATIVE = [
+    Variant((64, 64), "full"),
+    Variant((128, 128), "causal"),
+    Variant((128, 128), "intervals", torch.float16),
+    Variant((64, 64), "window", terms=True),
+    Variant((192, 128), "causal"),
+    Variant((256, 256), "intervals"),
+]
+
+
+def inputs_of(variant: Variant) -> AttentionInputs:
+    seqlen = {"tail": 3000, "short": 512}.get(variant.mask, 4096)
+    masks = {
+        "causal": AttentionMask(causal=True),
+        "short": AttentionMask(causal=True),
+        "window": AttentionMask(causal=True, window=(1023, -1)),
+        "intervals": AttentionMask(row_intervals=torch.empty(2, seqlen, 2, dtype=torch.int32, device="meta")),
+    }
+    terms = {"softcap": 30.0, "sinks": torch.empty(32, device="meta")} if variant.terms else {}
+    mask = masks.get(variant.mask, AttentionMask())
+    return call(variant.dtype, *variant.dims, seqlen=seqlen, mask=mask, **terms)
+
+
+def launches(inputs: AttentionInputs) -> tuple[forward_launch.SummaryLaunch | None, forward_launch.Launch]:
+    q = inputs.query
+    out = torch.empty(*q.shape[:3], inputs.v_head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device)
+    return forward_launch.prepare(inputs, out, lse)
+
+
+def assemble(kernel: Any) -> str:
+    """What ptxas has to say about a kernel: spills, and warnings about its matrix products."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.ptx")
+        with open(path, "w") as file:
+            file.write(kernel.asm["ptx"])
+        command = [_BIN + "ptxas", "-v", "--gpu-name=sm_90a", path, "-o", os.path.join(folder, "kernel.cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def warnings(text: str) -> Counter[str]:
+    """The codes of ptxas's warnings, or the words that stand for them where it prints no code."""
+    return Counter(re.findall(r"C75\d\d|serialized|insufficient register", text))
+
+
+@pytest.mark.parametrize("variant", FULL if os.environ.get("HF_FLASH_PLUS_AOT") == "full" else REPRESENTATIVE, ids=str)
+def test_compiles(variant: Variant) -> None:
+    with compiling_for("sm90"):
+        inputs = inputs_of(variant)
+        assert forward_launch.forward_reason(inputs) is None
+        summary, launch = launches(inputs)
+        assert (summary is not None) == (variant.mask == "intervals")
+        if summary is not None:
+            summary.warm_up()
+        kernel = launch.warm_up()
+    assert kernel.metadata.shared <= TARGETS["sm90"].shared_memory
+    text = assemble(kernel)
+    assert not warnings(text), text
+    spilled = max(int(n) for n in re.findall(r"(\d+) bytes spill stores", text))
+    bound = TAIL_SPILLS if variant.mask == "tail" else SPILLS[variant.dims[0]]
+    assert spilled <= bound, f"spills {spilled} bytes, allowed are {bound}"
+
+
+def test_arguments_of_a_direct_launch() -> None:
+    """What a compiled kernel is launched with, beside Triton's own look-up, is what Triton itself would pass; and none
+    of it is compiled for but what the plan stands for."""
+    from hf_flash_plus.kernels.hopper.forward import attention_forward
+
+    with compiling_for("sm90"):
+        _, launch = launches(inputs_of(REPRESENTATIVE[1]))
+        launch.warm_up()
+        *_, binder = attention_forward.device_caches[list(TARGETS).index("sm90")]
+        bound, *_ = binder(*launch.arguments, **{"debug": False, "instrumentation_mode": "", **forward_launch.OPTIONS})
+        assert [id(value) for value in bound.values()] == [id(value) for value in launch.arguments]
+        for parameter, value in zip(attention_forward.params, launch.arguments):
+            if isinstance(value, int | torch.Tensor):
+                assert parameter.do_not_specialize, parameter.name
+
+
+def test_lengths_and_strides_do_not_recompile() -> None:
+    kernels = set()
+    with compiling_for("sm90"):
+        for batch, seqlen, nheads in ((1, 4096, 8), (3, 1153, 16), (2, 2049, 24)):
+            inputs = call(batch=batch, seqlen=seqlen, nheads=nheads, nheads_k=8)
+            kernels.add(launches(inputs)[1].warm_up().hash)
+    assert len(kernels) == 1
+
+
+def test_what_is_declined() -> None:
+    meta = {"dtype": torch.bfloat16, "device": "meta"}
+    mask = AttentionMask(causal=True)
+    plain = call(head_dim=64, mask=mask)
+    assert forward_launch.forward_reason(plain) is None
+    odd = [torch.empty(2, 64, 4, 68, **meta)[..., :64] for _ in range(3)]
+    declined = {
+        "head dim 260": call(head_dim=260),
+        "head dim 66": call(head_dim=66),
+        "head dim 256/264": call(head_dim=256, v_head_dim=264),
+        "dtype float32": call(dtype=torch.float32),
+        "seqlen_q 16": call(seqlen=16),
+        "dropout": call(dropout_p=0.1),
+        "softmax_scale": AttentionInputs(plain.query, plain.key, plain.value, -1.0, mask),
+        "sinks per row": call(sinks=torch.empty(2, 32, 4096, device="meta")),
+        "q: stride": AttentionInputs(*odd, 1.0, mask),
+    }
+    for words, inputs in declined.items():
+        reason = forward_launch.forward_reason(inputs)
+        assert reason is not None and reason.startswith(words), (words, reason)

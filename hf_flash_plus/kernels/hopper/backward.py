@@ -97,6 +97,13 @@ def _load_tile(desc, coordinates, barrier, buffer, BLOCK: gl.constexpr, BLOCK_D:
 
 
 @gluon.jit
+def _load_bounds(desc, at, n_rows, barrier, buffer, stage):
+    """Start the copies of a tile's row bounds: the first key of each row, and one past the last."""
+    tma.async_copy_global_to_shared(desc, [at], barrier, buffer.index(2 * stage))
+    tma.async_copy_global_to_shared(desc, [at + n_rows], barrier, buffer.index(2 * stage + 1))
+
+
+@gluon.jit
 def _zero_hidden_rows(buffer, stage, first_row, bounds_ptr, n_rows, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr):
     """Zero the rows of a tile that see no key: they may hold NaN, and a product would spread it. One warp does it.
 
@@ -129,15 +136,17 @@ def _producer(
     LISTED: gl.constexpr,
 ):
     """One warp: k and v of the program, then q and dout of every step."""
-    q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc = descs
-    q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem = shared
+    q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc, bounds_desc = descs
+    q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem, bounds_smem, entry_smem = shared
     q_blocks, dout_blocks = blocks
     kv_full, q_full, dout_full, free, dirty_full = bars
     batch, k_head, first_head, n_heads, nheads, first_key, first_tile, n, rotation, n_tiles_q = where
-    entries_ptr, bounds_ptr, n_rows = pointers
+    entries_ptr, ranks_ptr, bounds_ptr, n_rows, bounds_at = pointers
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     N: gl.constexpr = k_smem.shape[0]
     HEAD_BYTES: gl.constexpr = BLOCK_D * 2
     ROW_BYTES: gl.constexpr = BLOCK_M * 4
+    BOUND_BYTES: gl.constexpr = 2 * ROW_BYTES if LISTED else 0
 
     mbarrier.expect(kv_full.index(0), N * HEAD_BYTES)
     _load_tile(k_desc, [batch, first_key, k_head, 0], kv_full.index(0), k_smem, N, BLOCK_D)
@@ -160,10 +169,15 @@ def _producer(
                 entry = gl.load(entries_ptr + i)
                 tile = entry & ENTRY_TILE
                 dirty = (entry & ENTRY_DIRTY) != 0
+                rank = gl.load(ranks_ptr + i)
             row = tile * BLOCK_M
             mbarrier.wait(free.index(stage), ((it // STAGES) & 1) ^ 1)
+            if LISTED:  # read by the consumers once they have waited for q
+                entry_smem.index(2 * stage).store(gl.full([1], entry, gl.int32, ONE))
+                entry_smem.index(2 * stage + 1).store(gl.full([1], rank, gl.int32, ONE))
             if LISTED and dirty:
-                mbarrier.expect(dirty_full, 2 * (BLOCK_M * HEAD_BYTES + ROW_BYTES))
+                mbarrier.expect(dirty_full, 2 * (BLOCK_M * HEAD_BYTES + ROW_BYTES) + BOUND_BYTES)
+                _load_bounds(bounds_desc, bounds_at + row, n_rows, dirty_full, bounds_smem, stage)
                 _load_tile(q_desc, [batch, row, head, 0], dirty_full, q_smem.index(stage), BLOCK_M, BLOCK_D)
                 tma.async_copy_global_to_shared(start_desc, [rows_at + row], dirty_full, start_smem.index(stage))
                 _load_tile(dout_desc, [batch, row, head, 0], dirty_full, dout_smem.index(stage), BLOCK_M, BLOCK_D)
@@ -175,7 +189,9 @@ def _producer(
                 _zero_hidden_rows(dout_blocks, stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
                 mbarrier.arrive(dout_full.index(stage), count=1)
             else:
-                mbarrier.expect(q_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES)
+                mbarrier.expect(q_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
+                if LISTED:
+                    _load_bounds(bounds_desc, bounds_at + row, n_rows, q_full.index(stage), bounds_smem, stage)
                 _load_tile(q_desc, [batch, row, head, 0], q_full.index(stage), q_smem.index(stage), BLOCK_M, BLOCK_D)
                 tma.async_copy_global_to_shared(
                     start_desc, [rows_at + row], q_full.index(stage), start_smem.index(stage)
@@ -198,8 +214,10 @@ def _producer(
 def _zero_not_finite(half):
     """Zero the NaN and inf in a warpgroup's half of k or v: keys that no row sees may hold them."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    x = half.load(LAYOUT)
-    half.store(gl.where(gl.abs(x.to(gl.float32)) < float("inf"), x, 0.0).to(half.dtype))
+    for piece in gl.static_range(4):
+        rows = half.slice(16 * piece, 16, dim=0)
+        x = rows.load(LAYOUT)
+        rows.store(gl.where(gl.abs(x.to(gl.float32)) < float("inf"), x, 0.0).to(half.dtype))
     fence_async_shared()
 
 
@@ -250,16 +268,18 @@ def _add_dq(dq, tile, rank, pending, dq_ptr, lock_ptr, W: gl.constexpr, TILE_SIZ
 @gluon.jit
 def _visible(first_key, first_row, right, left, bounds, HAS_LEFT: gl.constexpr, LISTED: gl.constexpr, L: gl.constexpr):
     """Which keys (rows of the tile) each query row (its columns) sees; ``L``: the layout of scores."""
-    bounds_ptr, n_rows = bounds
+    bounds_smem, stage = bounds
     keys = (first_key + gl.arange(0, 64, gl.SliceLayout(1, L)))[:, None]
-    rows = first_row + gl.arange(0, L.instr_shape[1], gl.SliceLayout(0, L))
+    rows = gl.arange(0, L.instr_shape[1], gl.SliceLayout(0, L))
     if LISTED:
-        start, end = gl.load(bounds_ptr + rows)[None, :], gl.load(bounds_ptr + n_rows + rows)[None, :]
-        visible = (keys >= start) & (keys < end)
+        start = bounds_smem.index(2 * stage).load(gl.SliceLayout(0, L))
+        visible = keys >= start[None, :]
+        end = bounds_smem.index(2 * stage + 1).load(gl.SliceLayout(0, L))
+        visible = visible & (keys < end[None, :])
     else:
-        visible = keys <= (rows + right)[None, :]
+        visible = keys <= (first_row + right + rows)[None, :]
         if HAS_LEFT:
-            visible = visible & (keys >= (rows + left)[None, :])
+            visible = visible & (keys >= (first_row + left + rows)[None, :])
     return visible
 
 
@@ -311,7 +331,7 @@ def _step(
     bars,
     grads,
     numbers,
-    bounds,
+    bounds_smem,
     W: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_D: gl.constexpr,
@@ -349,6 +369,7 @@ def _step(
     k_half = k_smem.slice(W * 64, 64, dim=0)
     v_half = v_smem.slice(W * 64, 64, dim=0)
     stage, phase, buffer = it % STAGES, (it // STAGES) & 1, it % 2
+    bounds = (bounds_smem, stage)
     next_stage, next_phase = (it + 1) % STAGES, ((it + 1) // STAGES) & 1
 
     mbarrier.wait(dout_full.index(stage), phase)
@@ -439,6 +460,12 @@ def _step(
 
 
 @gluon.jit
+def _read(buffer):
+    """The number that the producer has put there."""
+    return gl.max(buffer.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def _rank(tile, tile_n, last_tile_n, right, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HAS_RIGHT: gl.constexpr):
     """How many programs add to a query tile's dq before this one: those of the later key tiles that it sees."""
     last = last_tile_n
@@ -487,6 +514,7 @@ def _consumer(
     DQ: gl.constexpr,
     DS_SHARED: gl.constexpr,
     EARLY: gl.constexpr,
+    ALIGNED: gl.constexpr,
     SKIP: gl.constexpr,
 ):
     """One warpgroup: dk and dv of its 64 keys, and its half of each step's dq."""
@@ -495,7 +523,7 @@ def _consumer(
     dq_ptr, lock_ptr = grads
     dk_ptr, dv_ptr, dk_stride, dv_stride, scale = dkv
     first_key, seqlen_k, tile_n, last_tile_n, n_heads, head_tiles, n_tiles_q, first_tile, n, n_before, n_full, rotation = work
-    entries_ptr, ranks_ptr, bounds_ptr, n_rows = lists
+    bounds_smem, entry_smem = lists
     right, left, scale2, cap_in, cap_out = numbers
     N: gl.constexpr = k_smem.shape[0]
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -507,7 +535,6 @@ def _consumer(
     dk = gl.full([64, BLOCK_D], 0.0, gl.float32, OUT_L)
     dv = gl.full([64, BLOCK_D], 0.0, gl.float32, OUT_L)
     total = n * n_heads
-    bounds = (bounds_ptr, n_rows)
     step_shared = shared
     step_bars = (q_full, dout_full, free, ds_full)
     pending = (head_tiles, n * 0)
@@ -543,22 +570,26 @@ def _consumer(
         mbarrier.wait(kv_full.index(1), 0)
 
     if MASK == MASK_LEADING:
+        if ALIGNED:
+            before: gl.constexpr = N // BLOCK_M
+        else:
+            before = n_before
         if GROUPED:
             for local_head in range(n_heads):
-                for i in range(0, n_before):
+                for i in range(0, before):
                     tile = first_tile + i
                     rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
                     scores, dk, dv, pending = _step(
                         local_head * n + i, total, tile, rank, True, scores, dk, dv, pending, head_tiles, first_key,
-                        key_start, step_shared, step_bars, grads, numbers, bounds, W, BLOCK_M, BLOCK_D, STAGES, 1, False,
+                        key_start, step_shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1, False,
                         False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
                     )  # fmt: skip
-                for i in range(n_before, n):
+                for i in range(before, n):
                     tile = first_tile + i
                     rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
                     scores, dk, dv, pending = _step(
                         local_head * n + i, total, tile, rank, False, scores, dk, dv, pending, head_tiles, first_key,
-                        key_start, step_shared, step_bars, grads, numbers, bounds, W, BLOCK_M, BLOCK_D, STAGES, 0, False,
+                        key_start, step_shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 0, False,
                         False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
                     )  # fmt: skip
                 head_tiles += n_tiles_q
@@ -569,41 +600,37 @@ def _consumer(
                     rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
                     scores, dk, dv, pending = _step(
                         i, total, tile, rank, False, scores, dk, dv, pending, head_tiles, first_key, key_start,
-                        step_shared, step_bars, grads, numbers, bounds, W, BLOCK_M, BLOCK_D, STAGES, 1 - i, False, False,
+                        step_shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1 - i, False, False,
                         HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, i == 0,
                     )  # fmt: skip
             else:
-                for i in range(FIRST, n_before):
+                for i in range(FIRST, before):
                     tile = first_tile + i
                     rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
                     scores, dk, dv, pending = _step(
                         i, total, tile, rank, True, scores, dk, dv, pending, head_tiles, first_key, key_start,
-                        step_shared, step_bars, grads, numbers, bounds, W, BLOCK_M, BLOCK_D, STAGES, 1, False, False,
+                        step_shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1, False, False,
                         HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
                     )  # fmt: skip
-            for i in range(n_before, n):
+            for i in range(before, n):
                 tile = first_tile + i
                 rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
                 scores, dk, dv, pending = _step(
                     i, total, tile, rank, False, scores, dk, dv, pending, head_tiles, first_key, key_start,
-                    step_shared, step_bars, grads, numbers, bounds, W, BLOCK_M, BLOCK_D, STAGES, 0, False, False,
+                    step_shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 0, False, False,
                     HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
                 )  # fmt: skip
     else:
-        # One loop over all heads' tiles; what the next step is gets known a step ahead, so that no load is waited for.
         i = n * 0
-        tile_rank = n * 0
-        entry = n * 0
-        if LISTED:
-            entry = gl.load(entries_ptr)
-            if DQ == DQ_ORDERED:
-                tile_rank = gl.load(ranks_ptr)
-        for it in range(total):
+        for it in range(total):  # over the tiles of all heads
             masked = False
             if LISTED:
+                entry = _read(entry_smem.index(2 * (it % STAGES)))
                 tile = entry & ENTRY_TILE
                 masked = (entry & ENTRY_MASKED) != 0
-                rank = tile_rank
+                rank = 0
+                if DQ == DQ_ORDERED:
+                    rank = _read(entry_smem.index(2 * (it % STAGES) + 1))
             else:
                 tile = first_tile + i
                 if ROTATE:
@@ -618,14 +645,10 @@ def _consumer(
                 wrapped = i >= n
                 i = gl.where(wrapped, 0, i)
                 head_tiles = gl.where(wrapped, head_tiles + n_tiles_q, head_tiles)
-            if LISTED:  # one entry more than there are tiles may be read
-                entry = gl.load(entries_ptr + i)
-                if DQ == DQ_ORDERED:
-                    tile_rank = gl.load(ranks_ptr + i)
             scores, dk, dv, pending = _step(
                 it, total, tile, rank, masked, scores, dk, dv, pending, this_head, first_key, key_start, step_shared,
-                step_bars, grads, numbers, bounds, W, BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP,
-                TAIL, DQ, DS_SHARED, EARLY, False,
+                step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED,
+                HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
             )  # fmt: skip
     warpgroup_mma_wait(0, deps=[scores])  # issued for a step that does not follow
     if DQ == DQ_ORDERED:
@@ -675,6 +698,7 @@ def attention_backward(
     dout_desc,
     start_desc,
     delta_desc,
+    bounds_desc,
     dk_ptr,
     dv_ptr,
     dq_ptr,
@@ -716,6 +740,7 @@ def attention_backward(
     DQ: gl.constexpr,
     DS_SHARED: gl.constexpr,
     EARLY: gl.constexpr,
+    ALIGNED: gl.constexpr,
     SKIP: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -751,13 +776,15 @@ def attention_backward(
         first_key, n_tiles_q, right, left, BLOCK_M, N, HAS_LEFT, HAS_RIGHT
     )
     n_rows = n_tiles_q * BLOCK_M
+    bounds_at = 0
     if LISTED:
         list_at = batch * list_stride
         n = gl.load(counts_ptr + list_at + tile_n)
         at = (list_at + tile_n).to(gl.int64) * (n_tiles_q + 1)
         entries_ptr += at
         ranks_ptr += at
-        bounds_ptr += gl.where(list_stride > 0, batch, 0) * 2 * n_rows
+        bounds_at = gl.where(list_stride > 0, batch, 0) * 2 * n_rows
+        bounds_ptr += bounds_at
     rotation = 0
     if ROTATE:
         rotation = tile_n * (N // BLOCK_M) % n
@@ -771,6 +798,11 @@ def attention_backward(
     ds_smem = gl.allocate_shared_memory(DTYPE, [DS_BUFFERS, DS_KEYS, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2))
     start_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], start_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta_desc.layout)
+    bounds_smem = start_smem
+    entry_smem = start_smem
+    if LISTED:
+        entry_smem = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        bounds_smem = gl.allocate_shared_memory(gl.int32, [2 * STAGES, BLOCK_M], bounds_desc.layout)
     # Barriers: k and v are there; q, dout of a stage are there; a stage is free; both halves of ds are there.
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -806,7 +838,7 @@ def attention_backward(
         first_key, seqlen_k, tile_n, n_tiles_k - 1, heads_per_split, head_tiles, n_tiles_q, first_tile, n, n_before,
         n_full, rotation,
     )  # fmt: skip
-    lists = (entries_ptr, ranks_ptr, bounds_ptr, n_rows)
+    lists = (bounds_smem, entry_smem)
     numbers = (right, left, scale2, cap_in, cap_out)
     grads = (dq_ptr, lock_ptr)
     where = (batch, k_head, first_head, heads_per_split, nheads, first_key, first_tile, n, rotation, n_tiles_q)
@@ -814,13 +846,13 @@ def attention_backward(
         [
             (_consumer, (shared, bars, grads, dkv, work, lists, numbers, 0, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
                          STAGES, MASK, HAS_LEFT, HAS_RIGHT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, ROTATE, DQ, DS_SHARED,
-                         EARLY, SKIP)),
+                         EARLY, ALIGNED, SKIP)),
             (_consumer, (shared, bars, grads, dkv, work, lists, numbers, 1, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
                          STAGES, MASK, HAS_LEFT, HAS_RIGHT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, ROTATE, DQ, DS_SHARED,
-                         EARLY, SKIP)),
-            (_producer, ((q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc),
-                         (q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem), (q_blocks, dout_blocks),
-                         (kv_full, q_full, dout_full, free, dirty_full), where, (entries_ptr, bounds_ptr, n_rows),
+                         EARLY, ALIGNED, SKIP)),
+            (_producer, ((q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc, bounds_desc),
+                         (q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem, bounds_smem, entry_smem), (q_blocks, dout_blocks),
+                         (kv_full, q_full, dout_full, free, dirty_full), where, (entries_ptr, ranks_ptr, bounds_ptr, n_rows, bounds_at),
                          BLOCK_M, BLOCK_D, STAGES, ROTATE, LISTED)),
         ],
         [4, 1],

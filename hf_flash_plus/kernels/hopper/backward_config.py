@@ -34,13 +34,11 @@ def block_d(head_dim: int, v_head_dim: int) -> int:
     return 64 if max(head_dim, v_head_dim) <= 64 else 128
 
 
-# The order of waits (`early`) was measured on an H200 for the first three rows: at D = 128, `early=1` is the fastest
-# with a causal mask and 2 without; at D = 64, 0.
-def select(dim: int, masked: bool, listed: bool) -> Config:
-    """The configuration for a padded head dimension, with or without a mask, with or without lists of tiles."""
+# The order of waits (`early`) was measured on an H200: at 128 columns 1 is the fastest with a causal mask and 2 without,
+# at 64 columns 0. Beside a mask with a branch, 2 leaves too few registers at 128 columns. Without dq, ds from registers
+# does not fit at 64 columns.
+def select(dim: int, masked: bool, with_dq: bool) -> Config:
+    """The configuration for a padded head dimension, with or without any mask, with or without dq."""
     if dim == 64:
-        return Config(128, ds_shared=False, early=0)
-    config = Config(64, early=1 if masked else 2)
-    if listed:  # the producer warp also clears rows
-        config = config._replace(producer_registers=32)
-    return config
+        return Config(128, ds_shared=not with_dq, early=0)
+    return Config(64, early=1 if masked else 2)

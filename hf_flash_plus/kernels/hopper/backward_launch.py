@@ -209,10 +209,10 @@ def take_apart(
         return None
     if not _tma_serves(dout):
         dout = dout.contiguous()
-    listed = mask.row_intervals is not None
     dim = backward_config.block_d(q.shape[3], v_head_dim)
     if config is None:
-        config = backward_config.select(dim, bounds.has_left or bounds.has_right, listed)
+        masked = bounds.has_left or bounds.has_right or mask.row_intervals is not None
+        config = backward_config.select(dim, masked, MODES[mode] > 0)
     n_tiles_k, splits, group = _cdiv(keys, BLOCK_N), 1, nheads // nheads_k
     # Query heads of a group are dealt to several programs where there would be too few to fill the device.
     n_cores = tiles.device_info(q.device).n_cores
@@ -339,7 +339,7 @@ def _row_descriptor(tensor: Tensor, block: int) -> Any:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor(tensor, [tensor.numel()], [1], [block], gl.NVMMASharedLayout(0, 32, rank=1))
+    return TensorDescriptor(tensor.view(-1), [tensor.numel()], [1], [block], gl.NVMMASharedLayout(0, 32, rank=1))
 
 
 def _section(parts: Parts) -> int:
@@ -372,7 +372,8 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     arguments = (
         _descriptor(parts.q, block_m, dim), _descriptor(parts.k, BLOCK_N, dim), _descriptor(parts.v, BLOCK_N, dim),
         _descriptor(parts.dout, block_m, dim), _row_descriptor(buffers.start, block_m),
-        _row_descriptor(buffers.minus_delta, block_m), dk, dv, buffers.dq_sums, buffers.locks, buffers.entries,
+        _row_descriptor(buffers.minus_delta, block_m),
+        _row_descriptor(buffers.row_bounds if listed else buffers.start, block_m), dk, dv, buffers.dq_sums, buffers.locks, buffers.entries,
         buffers.ranks, buffers.counts, buffers.row_bounds, list_stride, nheads, nheads_k, heads_per_split,
         parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2), parts.n_tiles_q, n_heads,
         _section(parts) if section is None else section, bounds.right, bounds.left, parts.scale, parts.scale * LOG2E,
@@ -393,9 +394,10 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         "TAIL": keys % BLOCK_N != 0,
         "ROTATE": config.rotate and mask == 0 and mode == MODES["unordered"],
         "DQ": mode,
-        "DS_SHARED": config.ds_shared and mode != 0,
+        "DS_SHARED": config.ds_shared,
         "EARLY": config.early,
-        # The diagonal runs through the corners of tiles only where row i sees keys up to i.
+        # The diagonal runs through the corners of tiles where row i sees keys up to i.
+        "ALIGNED": mask == 1 and bounds.right == 0,
         "SKIP": config.skip and mask == 1 and bounds.right == 0 and block_m == 64 and not grouped,
         "CONSUMER_REGISTERS": config.consumer_registers,
         "PRODUCER_REGISTERS": config.producer_registers,

@@ -1,21 +1,21 @@
 """The Hopper backward kernel in Gluon: a program walks over the query tiles that see one tile of keys.
 
-Its warps have roles. One producer warp keeps tiles of q, dout and two numbers a row flowing into shared memory through
-the tensor memory accelerator. Two consumer warpgroups own half of the keys each and compute, transposed (keys by rows)::
+Its warps have roles. One producer warp keeps tiles of q, dout and two numbers a row flowing into shared memory, by the
+tensor memory accelerator. Two consumer warpgroups own half of the keys each and compute, transposed (keys by rows)::
 
     p  = exp(scale * k q^T - lse)       dp = v dout^T - delta        ds = p * dp
     dv = p dout                         dk = scale * ds q            dq = scale * ds^T k
 
-``-lse / scale`` and ``-delta`` are the start values of the first two products, so that they cost nothing. dk and dv stay
-in registers over all query tiles (and, with grouped heads, over the query heads of the group). dq is summed over the
-programs of all key tiles, in fp32 in global memory; both warpgroups need all of ds for it, so it goes through shared
-memory, and each computes a 64 by 64 half of the tile. :data:`DQ` modes:
+``-lse / scale`` and ``-delta`` are the start values of the first two products, so that they cost nothing. dk and dv
+stay in registers over all query tiles (and, with grouped heads, over the query heads of the group). dq is summed over
+the programs of all key tiles, in fp32 in global memory; both warpgroups need all of ds for it, so it goes through
+shared memory, and each computes a 64 by 64 half of the tile. It comes about in one of three ways:
 
 * ``DQ_NONE``: left to another kernel.
 * ``DQ_UNORDERED``: atomic additions in the order of arrival; the last bits differ from run to run.
-* ``DQ_ORDERED``: the same additions in a fixed order (from the last key tile to the first). Each warp always adds to the
-  same numbers, so the order is kept warp by warp: a number in memory counts how many key tiles have added, and a warp
-  waits until its turn. It waits only for programs of lower index, which the hardware starts first: no deadlock.
+* ``DQ_ORDERED``: the same additions in a fixed order (from the last key tile to the first). Each warp always adds to
+  the same numbers, so the order is kept warp by warp: a number in memory counts how many key tiles have added, and a
+  warp waits until its turn. It waits only for programs of lower index, which the hardware starts first: no deadlock.
 
 The products of a step overlap with the exponentials of the other warpgroup, and the next step's first product is issued
 before this step's last ones are used. The order of waits below is what keeps the assembler (ptxas) from serialising
@@ -196,7 +196,7 @@ def _producer(
                 tma.async_copy_global_to_shared(
                     start_desc, [rows_at + row], q_full.index(stage), start_smem.index(stage)
                 )
-                if not LISTED:
+                if not LISTED:  # noqa: SIM102  (one condition is known at compile time, the other is not)
                     if it == 0:  # behind the first q: the first product needs k and q only
                         mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
                         _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
@@ -495,6 +495,7 @@ def _consumer(
     grads,
     dkv,
     work,
+    steps,
     lists,
     numbers,
     W: gl.constexpr,
@@ -518,13 +519,14 @@ def _consumer(
     SKIP: gl.constexpr,
 ):
     """One warpgroup: dk and dv of its 64 keys, and its half of each step's dq."""
-    q_smem, k_smem, v_smem, dout_smem, ds_smem, start_smem, delta_smem = shared
+    q_smem, k_smem, v_smem, _, ds_smem, start_smem, _ = shared
     kv_full, q_full, dout_full, free, ds_full, kv_clean = bars
     dq_ptr, lock_ptr = grads
     dk_ptr, dv_ptr, dk_stride, dv_stride, scale = dkv
-    first_key, seqlen_k, tile_n, last_tile_n, n_heads, head_tiles, n_tiles_q, first_tile, n, n_before, n_full, rotation = work
+    first_key, seqlen_k, tile_n, last_tile_n, n_heads, head_tiles, n_tiles_q, first_tile = work
+    n, n_before, n_full, rotation = steps
     bounds_smem, entry_smem = lists
-    right, left, scale2, cap_in, cap_out = numbers
+    right, _, _, _, _ = numbers
     N: gl.constexpr = k_smem.shape[0]
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     OUT_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -535,7 +537,6 @@ def _consumer(
     dk = gl.full([64, BLOCK_D], 0.0, gl.float32, OUT_L)
     dv = gl.full([64, BLOCK_D], 0.0, gl.float32, OUT_L)
     total = n * n_heads
-    step_shared = shared
     step_bars = (q_full, dout_full, free, ds_full)
     pending = (head_tiles, n * 0)
     # The second half of the keys sees nothing of the first tile on the diagonal: that warpgroup starts at the second.
@@ -558,14 +559,10 @@ def _consumer(
             k_part = k_smem.slice(0, 64, dim=0).slice(64, 64, dim=1)
             dq = warpgroup_mma(ds_t, k_part, dq_zeros, use_acc=False)
             rank = _rank(first_tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
-            pending = _add_dq(
-                dq, head_tiles + first_tile, rank, pending, dq_ptr, lock_ptr, W, BLOCK_M * BLOCK_D, DQ
-            )
+            pending = _add_dq(dq, head_tiles + first_tile, rank, pending, dq_ptr, lock_ptr, W, BLOCK_M * BLOCK_D, DQ)
     mbarrier.wait(q_full.index(FIRST), 0, pred=total > FIRST)
     start = _next_start(start_smem, FIRST, zeros, HAS_SOFTCAP, L)
-    scores = warpgroup_mma(
-        k_smem.slice(W * 64, 64, dim=0), q_smem.index(FIRST).permute((1, 0)), start, is_async=True
-    )
+    scores = warpgroup_mma(k_smem.slice(W * 64, 64, dim=0), q_smem.index(FIRST).permute((1, 0)), start, is_async=True)
     if not LISTED:
         mbarrier.wait(kv_full.index(1), 0)
 
@@ -581,16 +578,16 @@ def _consumer(
                     rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
                     scores, dk, dv, pending = _step(
                         local_head * n + i, total, tile, rank, True, scores, dk, dv, pending, head_tiles, first_key,
-                        key_start, step_shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1, False,
-                        False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
+                        key_start, shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1,
+                        False, False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
                     )  # fmt: skip
                 for i in range(before, n):
                     tile = first_tile + i
                     rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
                     scores, dk, dv, pending = _step(
                         local_head * n + i, total, tile, rank, False, scores, dk, dv, pending, head_tiles, first_key,
-                        key_start, step_shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 0, False,
-                        False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
+                        key_start, shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 0,
+                        False, False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
                     )  # fmt: skip
                 head_tiles += n_tiles_q
         else:
@@ -600,8 +597,8 @@ def _consumer(
                     rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
                     scores, dk, dv, pending = _step(
                         i, total, tile, rank, False, scores, dk, dv, pending, head_tiles, first_key, key_start,
-                        step_shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1 - i, False, False,
-                        HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, i == 0,
+                        shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1 - i, False,
+                        False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, i == 0,
                     )  # fmt: skip
             else:
                 for i in range(FIRST, before):
@@ -609,15 +606,15 @@ def _consumer(
                     rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
                     scores, dk, dv, pending = _step(
                         i, total, tile, rank, True, scores, dk, dv, pending, head_tiles, first_key, key_start,
-                        step_shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1, False, False,
-                        HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
+                        shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1, False,
+                        False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
                     )  # fmt: skip
             for i in range(before, n):
                 tile = first_tile + i
                 rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
                 scores, dk, dv, pending = _step(
                     i, total, tile, rank, False, scores, dk, dv, pending, head_tiles, first_key, key_start,
-                    step_shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 0, False, False,
+                    shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 0, False, False,
                     HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
                 )  # fmt: skip
     else:
@@ -646,7 +643,7 @@ def _consumer(
                 i = gl.where(wrapped, 0, i)
                 head_tiles = gl.where(wrapped, head_tiles + n_tiles_q, head_tiles)
             scores, dk, dv, pending = _step(
-                it, total, tile, rank, masked, scores, dk, dv, pending, this_head, first_key, key_start, step_shared,
+                it, total, tile, rank, masked, scores, dk, dv, pending, this_head, first_key, key_start, shared,
                 step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED,
                 HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
             )  # fmt: skip
@@ -772,9 +769,7 @@ def attention_backward(
     batch, k_head = batch_head // nheads_k, batch_head % nheads_k
     first_head = k_head * (nheads // nheads_k) + split * heads_per_split
     first_key = tile_n * N
-    first_tile, n, n_before, n_full = _query_tiles(
-        first_key, n_tiles_q, right, left, BLOCK_M, N, HAS_LEFT, HAS_RIGHT
-    )
+    first_tile, n, n_before, n_full = _query_tiles(first_key, n_tiles_q, right, left, BLOCK_M, N, HAS_LEFT, HAS_RIGHT)
     n_rows = n_tiles_q * BLOCK_M
     bounds_at = 0
     if LISTED:
@@ -831,29 +826,29 @@ def attention_backward(
     key_at = split.to(gl.int64) * dkv_stride_split + batch.to(gl.int64) * dkv_stride_b + first_key
     row_at = key_at * nheads_k + k_head
     shared = (q_smem, k_smem, v_smem, dout_smem, ds_smem, start_smem, delta_smem)
-    bars = (kv_full, q_full, dout_full, free, ds_full, kv_clean)
     dkv = (dk_ptr + row_at * HEAD_DIM, dv_ptr + row_at * V_HEAD_DIM, nheads_k * HEAD_DIM, nheads_k * V_HEAD_DIM, scale)
     head_tiles = (batch * nheads + first_head) * n_tiles_q
-    work = (
-        first_key, seqlen_k, tile_n, n_tiles_k - 1, heads_per_split, head_tiles, n_tiles_q, first_tile, n, n_before,
-        n_full, rotation,
-    )  # fmt: skip
+    work = (first_key, seqlen_k, tile_n, n_tiles_k - 1, heads_per_split, head_tiles, n_tiles_q, first_tile)
+    steps = (n, n_before, n_full, rotation)
     lists = (bounds_smem, entry_smem)
     numbers = (right, left, scale2, cap_in, cap_out)
     grads = (dq_ptr, lock_ptr)
     where = (batch, k_head, first_head, heads_per_split, nheads, first_key, first_tile, n, rotation, n_tiles_q)
+    bars = (kv_full, q_full, dout_full, free, ds_full, kv_clean)
+    descs = (q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc, bounds_desc)
+    buffers = (q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem, bounds_smem, entry_smem)
+    fill_bars = (kv_full, q_full, dout_full, free, dirty_full)
+    pointers = (entries_ptr, ranks_ptr, bounds_ptr, n_rows, bounds_at)
     gl.warp_specialize(
         [
-            (_consumer, (shared, bars, grads, dkv, work, lists, numbers, 0, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                         STAGES, MASK, HAS_LEFT, HAS_RIGHT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, ROTATE, DQ, DS_SHARED,
-                         EARLY, ALIGNED, SKIP)),
-            (_consumer, (shared, bars, grads, dkv, work, lists, numbers, 1, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                         STAGES, MASK, HAS_LEFT, HAS_RIGHT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, ROTATE, DQ, DS_SHARED,
-                         EARLY, ALIGNED, SKIP)),
-            (_producer, ((q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc, bounds_desc),
-                         (q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem, bounds_smem, entry_smem), (q_blocks, dout_blocks),
-                         (kv_full, q_full, dout_full, free, dirty_full), where, (entries_ptr, ranks_ptr, bounds_ptr, n_rows, bounds_at),
-                         BLOCK_M, BLOCK_D, STAGES, ROTATE, LISTED)),
+            (_consumer, (shared, bars, grads, dkv, work, steps, lists, numbers, 0, HEAD_DIM, V_HEAD_DIM, BLOCK_M,
+                         BLOCK_D, STAGES, MASK, HAS_LEFT, HAS_RIGHT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, ROTATE, DQ,
+                         DS_SHARED, EARLY, ALIGNED, SKIP)),
+            (_consumer, (shared, bars, grads, dkv, work, steps, lists, numbers, 1, HEAD_DIM, V_HEAD_DIM, BLOCK_M,
+                         BLOCK_D, STAGES, MASK, HAS_LEFT, HAS_RIGHT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, ROTATE, DQ,
+                         DS_SHARED, EARLY, ALIGNED, SKIP)),
+            (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
+                         STAGES, ROTATE, LISTED)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -34,9 +34,9 @@ def block_d(head_dim: int, v_head_dim: int) -> int:
     return 64 if max(head_dim, v_head_dim) <= 64 else 128
 
 
-# The order of waits (`early`) was measured on an H200: at 128 columns 1 is the fastest with a causal mask and 2 without,
-# at 64 columns 0. Beside a mask with a branch, 2 leaves too few registers at 128 columns. Without dq, ds from registers
-# does not fit at 64 columns.
+# The order of waits (`early`) was measured on an H200: at 128 columns 1 is the fastest with a causal mask and 2
+# without, at 64 columns 0. Beside a mask with a branch, 2 leaves too few registers at 128 columns. Without dq, ds from
+# registers does not fit at 64 columns.
 def select(dim: int, masked: bool, with_dq: bool) -> Config:
     """The configuration for a padded head dimension, with or without any mask, with or without dq."""
     if dim == 64:

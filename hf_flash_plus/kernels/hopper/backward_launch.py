@@ -207,8 +207,6 @@ def take_apart(
     _, keys, nheads_k, v_head_dim = v.shape
     if min(rows, keys) <= 0:
         return None
-    if not _tma_serves(dout):
-        dout = dout.contiguous()
     dim = backward_config.block_d(q.shape[3], v_head_dim)
     if config is None:
         masked = bounds.has_left or bounds.has_right or mask.row_intervals is not None
@@ -355,7 +353,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     takes part on."""
     from . import backward
 
-    batch, nheads, nheads_k, rows, keys = parts.sizes
+    batch, nheads, nheads_k, _, keys = parts.sizes
     config, bounds, mode = parts.config, parts.bounds, parts.mode
     listed, masked = parts.intervals is not None, bounds.has_left or bounds.has_right
     group = nheads // nheads_k
@@ -369,13 +367,13 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     list_stride = parts.n_tiles_k if listed and parts.intervals.shape[0] > 1 else 0
     softcap = parts.softcap
     block_m, dim = config.block_m, parts.block_d
+    row_bounds = buffers.row_bounds if buffers.row_bounds is not None else buffers.start  # unused without
     arguments = (
         _descriptor(parts.q, block_m, dim), _descriptor(parts.k, BLOCK_N, dim), _descriptor(parts.v, BLOCK_N, dim),
         _descriptor(parts.dout, block_m, dim), _row_descriptor(buffers.start, block_m),
-        _row_descriptor(buffers.minus_delta, block_m),
-        _row_descriptor(buffers.row_bounds if listed else buffers.start, block_m), dk, dv, buffers.dq_sums, buffers.locks, buffers.entries,
-        buffers.ranks, buffers.counts, buffers.row_bounds, list_stride, nheads, nheads_k, heads_per_split,
-        parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2), parts.n_tiles_q, n_heads,
+        _row_descriptor(buffers.minus_delta, block_m), _row_descriptor(row_bounds, block_m), dk, dv, buffers.dq_sums,
+        buffers.locks, buffers.entries, buffers.ranks, buffers.counts, buffers.row_bounds, list_stride, nheads,
+        nheads_k, heads_per_split, parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2), parts.n_tiles_q, n_heads,
         _section(parts) if section is None else section, bounds.right, bounds.left, parts.scale, parts.scale * LOG2E,
         2.0 * LOG2E * parts.scale / softcap if softcap else 0.0, softcap * LOG2E,
     )  # fmt: skip
@@ -444,7 +442,9 @@ def backward(
         mode: one of :data:`MODES`; None: :func:`mode_for`.
         config, section: for tuning.
     """
-    q, k, v = inputs.query, inputs.key, inputs.value
+    q, v = inputs.query, inputs.value
+    if not _tma_serves(dout):
+        dout = dout.contiguous()
     mode = mode_for(inputs) if mode is None else mode
     parts = take_apart(inputs, out, softmax_lse, dout, mode, config)
     batch, seqlen_q, nheads, head_dim = q.shape

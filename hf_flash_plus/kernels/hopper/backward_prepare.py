@@ -107,16 +107,16 @@ def row_numbers(
                 start, end, first_row, intervals_ptr, intervals_stride_s, intervals_stride_c, seqlen_q, seqlen_k,
                 window_left, window_right, HAS_INTERVALS, HAS_LEFT, HAS_RIGHT, BLOCK_M,
             )  # fmt: skip
-            at = summary_ptr + batch * 5 * n_tiles_q + tile
-            tl.store(at, first)
-            tl.store(at + n_tiles_q, last)
-            tl.store(at + 2 * n_tiles_q, full_first)
-            tl.store(at + 3 * n_tiles_q, full_last)
-            tl.store(at + 4 * n_tiles_q, tl.max((row_ok & (end <= start)).to(tl.int32), axis=0))
+            summary_at = summary_ptr + batch * 5 * n_tiles_q + tile
+            tl.store(summary_at, first)
+            tl.store(summary_at + n_tiles_q, last)
+            tl.store(summary_at + 2 * n_tiles_q, full_first)
+            tl.store(summary_at + 3 * n_tiles_q, full_last)
+            tl.store(summary_at + 4 * n_tiles_q, tl.max((row_ok & (end <= start)).to(tl.int32), axis=0))
             n_rows = n_tiles_q * BLOCK_M
-            at = bounds_ptr + batch * 2 * n_rows + rows
-            tl.store(at, tl.where(row_ok, start, 0))
-            tl.store(at + n_rows, tl.where(row_ok, end, 0))
+            bounds_at = bounds_ptr + batch * 2 * n_rows + rows
+            tl.store(bounds_at, tl.where(row_ok, start, 0))
+            tl.store(bounds_at + n_rows, tl.where(row_ok, end, 0))
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)

@@ -41,7 +41,7 @@ DQ_UNORDERED = gl.constexpr(1)
 DQ_ORDERED = gl.constexpr(2)
 
 #: Which steps of a program mask: none; the first ones (a causal mask), which get a loop of their own; or any, by a
-#: branch (windows, lists of query tiles).
+#: branch (windows, lists of query tiles; causal masks with grouped heads: nested loops spill registers).
 MASK_NONE = gl.constexpr(0)
 MASK_LEADING = gl.constexpr(1)
 MASK_ANY = gl.constexpr(2)
@@ -571,52 +571,32 @@ def _consumer(
             before: gl.constexpr = N // BLOCK_M
         else:
             before = n_before
-        if GROUPED:
-            for local_head in range(n_heads):
-                for i in range(0, before):
-                    tile = first_tile + i
-                    rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
-                    scores, dk, dv, pending = _step(
-                        local_head * n + i, total, tile, rank, True, scores, dk, dv, pending, head_tiles, first_key,
-                        key_start, shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1,
-                        False, False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
-                    )  # fmt: skip
-                for i in range(before, n):
-                    tile = first_tile + i
-                    rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
-                    scores, dk, dv, pending = _step(
-                        local_head * n + i, total, tile, rank, False, scores, dk, dv, pending, head_tiles, first_key,
-                        key_start, shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 0,
-                        False, False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
-                    )  # fmt: skip
-                head_tiles += n_tiles_q
-        else:
-            if SKIP and W == 0:
-                for i in gl.static_range(2):
-                    tile = first_tile + i
-                    rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
-                    scores, dk, dv, pending = _step(
-                        i, total, tile, rank, False, scores, dk, dv, pending, head_tiles, first_key, key_start,
-                        shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1 - i, False,
-                        False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, i == 0,
-                    )  # fmt: skip
-            else:
-                for i in range(FIRST, before):
-                    tile = first_tile + i
-                    rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
-                    scores, dk, dv, pending = _step(
-                        i, total, tile, rank, True, scores, dk, dv, pending, head_tiles, first_key, key_start,
-                        shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1, False,
-                        False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
-                    )  # fmt: skip
-            for i in range(before, n):
+        if SKIP and W == 0:
+            for i in gl.static_range(2):
                 tile = first_tile + i
                 rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
                 scores, dk, dv, pending = _step(
                     i, total, tile, rank, False, scores, dk, dv, pending, head_tiles, first_key, key_start,
-                    shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 0, False, False,
-                    HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
+                    shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1 - i, False,
+                    False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, i == 0,
                 )  # fmt: skip
+        else:
+            for i in range(FIRST, before):
+                tile = first_tile + i
+                rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
+                scores, dk, dv, pending = _step(
+                    i, total, tile, rank, True, scores, dk, dv, pending, head_tiles, first_key, key_start,
+                    shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1, False,
+                    False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
+                )  # fmt: skip
+        for i in range(before, n):
+            tile = first_tile + i
+            rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
+            scores, dk, dv, pending = _step(
+                i, total, tile, rank, False, scores, dk, dv, pending, head_tiles, first_key, key_start,
+                shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 0, False, False,
+                HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
+            )  # fmt: skip
     else:
         i = n * 0
         for it in range(total):  # over the tiles of all heads

@@ -360,7 +360,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     heads_per_split = group // parts.splits
     grouped = heads_per_split > 1
     n_heads = parts.splits * batch * nheads_k
-    if listed or bounds.has_left or (masked and config.any_mask):
+    if listed or bounds.has_left or (masked and (config.any_mask or grouped)):
         mask = 2
     else:
         mask = int(masked)
@@ -373,9 +373,9 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         _descriptor(parts.dout, block_m, dim), _row_descriptor(buffers.start, block_m),
         _row_descriptor(buffers.minus_delta, block_m), _row_descriptor(row_bounds, block_m), dk, dv, buffers.dq_sums,
         buffers.locks, buffers.entries, buffers.ranks, buffers.counts, buffers.row_bounds, list_stride, nheads,
-        nheads_k, heads_per_split, parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2), parts.n_tiles_q, n_heads,
-        _section(parts) if section is None else section, bounds.right, bounds.left, parts.scale, parts.scale * LOG2E,
-        2.0 * LOG2E * parts.scale / softcap if softcap else 0.0, softcap * LOG2E,
+        nheads_k, heads_per_split, parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2),
+        parts.n_tiles_q, n_heads, _section(parts) if section is None else section, bounds.right, bounds.left,
+        parts.scale, parts.scale * LOG2E, 2.0 * LOG2E * parts.scale / softcap if softcap else 0.0, softcap * LOG2E,
     )  # fmt: skip
     options = {
         "HEAD_DIM": parts.q.shape[3],

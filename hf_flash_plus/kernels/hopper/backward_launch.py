@@ -1,0 +1,478 @@
+"""From an attention call to the launches of the Hopper backward kernels: :func:`backward`, :func:`backward_reason`.
+
+Query rows that the flags (causal, window) let see nothing, and keys that they hide from every row, are cut off here:
+they lie at the front, where they have gradients of 0. So the kernels meet such rows and keys with row intervals only.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import settings
+from ...inputs import AttentionInputs
+from ...masks import AttentionMask
+from .. import launch, tiles
+from . import backward_config
+from .backward_config import Config
+
+#: q, dout and the sums of dq of the heads in flight should stay in the L2 cache together.
+L2_BUDGET = 32 * 2**20
+BLOCK_N = 128
+PADDED = 128  # rows are padded to a multiple of this
+NO_BOUND = 2**30
+
+#: How dq comes about. "ordered" and "split" are bitwise repeatable.
+MODES = {"split": 0, "unordered": 1, "ordered": 2}
+#: The mode where nobody asked for bitwise repeatable gradients: they are promised by default.
+DEFAULT_MODE = "ordered"
+DETERMINISTIC_MODE = "ordered"
+
+LOG2E = 1.4426950408889634
+
+
+class Gradients(NamedTuple):
+    """dq, dk and dv like q, k and v, contiguous; ``delta`` fp32 (batch, nheads, seqlen_q)."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    delta: Tensor
+
+
+@cache
+def _gluon_reason() -> str | None:
+    try:
+        from . import backward  # noqa: F401
+    except (ImportError, AttributeError, TypeError) as error:
+        return f"this Triton has no Gluon for Hopper as needed ({error})"
+    return None
+
+
+@cache
+def _device_reason(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return f"needs a Hopper GPU, not {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] != 9:
+        return f"needs compute capability 9.x, the device has {capability[0]}.{capability[1]}"
+    return _gluon_reason()
+
+
+@cache
+def _structure_reason(
+    dtype: torch.dtype, head_dim: int, v_head_dim: int, dropout: bool, alibi: bool, key_mask: bool, bias: bool
+) -> str | None:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"computes float16 and bfloat16, not {dtype}"
+    if max(head_dim, v_head_dim) > 128 or head_dim % 8 or v_head_dim % 8:
+        return f"computes head dimensions that are multiples of 8 up to 128, not {head_dim} and {v_head_dim}"
+    for present, what in ((dropout, "dropout"), (alibi, "ALiBi"), (key_mask, "a key mask"), (bias, "a dense bias")):
+        if present:
+            return f"computes no {what}"
+    return None
+
+
+def _tma_serves(tensor: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read a tensor: contiguous rows, all else in steps of 16 bytes."""
+    if tensor.stride(3) != 1 or tensor.data_ptr() & 15:
+        return False
+    size = tensor.element_size()
+    return all(
+        length == 1 or (stride > 0 and stride * size % 16 == 0)
+        for length, stride in zip(tensor.shape[:3], tensor.stride()[:3])
+    )
+
+
+def backward_reason(inputs: AttentionInputs) -> str | None:
+    """Why the Hopper kernels do not compute the gradients of a call; None if they do."""
+    q, mask = inputs.query, inputs.mask
+    batch, seqlen_q, nheads, head_dim = q.shape
+    seqlen_k, _, v_head_dim = inputs.value.shape[1:]
+    reason = _device_reason(q.device) or _structure_reason(
+        q.dtype, head_dim, v_head_dim, inputs.dropout_p > 0.0, inputs.alibi_slopes is not None,
+        mask.key_mask is not None, mask.bias is not None,
+    )  # fmt: skip
+    if reason:
+        return reason
+    if not inputs.softmax_scale > 0.0:
+        return f"computes positive softmax scales, not {inputs.softmax_scale}"
+    if min(batch, seqlen_q, seqlen_k) == 0:
+        return "computes no empty calls"
+    if batch * nheads * (seqlen_q + PADDED) >= 2**31 or (seqlen_q + PADDED) * (seqlen_k + PADDED) >= 2**38:
+        return f"computes no more than 2^31 rows of all heads, got {batch} x {nheads} x {seqlen_q}"
+    for name, tensor in (("q", q), ("k", inputs.key), ("v", inputs.value)):
+        if not _tma_serves(tensor):
+            return f"{name} must be 16-byte aligned with contiguous rows in steps of 16 bytes, has {tensor.stride()}"
+    return None
+
+
+def mode_for(inputs: AttentionInputs) -> str:
+    """The mode of a call, see :data:`MODES`."""
+    if inputs.deterministic or torch.are_deterministic_algorithms_enabled() or settings.deterministic():
+        return DETERMINISTIC_MODE
+    return DEFAULT_MODE
+
+
+class Bounds(NamedTuple):
+    """What the flags say of a call without row intervals.
+
+    ``first_row`` rows and ``first_key`` keys at the front take no part; of those that remain, row i sees keys from
+    ``i + left`` to ``i + right``, and ``has_left``, ``has_right`` say whether that is any restriction.
+    """
+
+    first_row: int
+    first_key: int
+    left: int
+    right: int
+    has_left: bool
+    has_right: bool
+
+
+def flag_bounds(mask: AttentionMask, seqlen_q: int, seqlen_k: int) -> Bounds:
+    """The :class:`Bounds` of the causal flag and the window."""
+    left, right = mask.window
+    if mask.causal:
+        right = 0
+    offset = seqlen_k - seqlen_q
+    limit = seqlen_q + seqlen_k
+    left, right = min(left, limit), min(right, limit)
+    first_row = max(0, -offset - right) if right >= 0 else 0
+    first_row = min(first_row, seqlen_q)
+    # The first row that takes part sees no key before this.
+    first_key = max(0, first_row + offset - left) if left >= 0 else 0
+    first_key = min(first_key, seqlen_k)
+    offset += first_row - first_key
+    rows, keys = seqlen_q - first_row, seqlen_k - first_key
+    has_left = left >= 0 and rows - 1 + offset - left > 0
+    has_right = right >= 0 and offset + right < keys - 1
+    return Bounds(
+        first_row,
+        first_key,
+        offset - left if has_left else -NO_BOUND,
+        offset + right if has_right else NO_BOUND,
+        has_left,
+        has_right,
+    )
+
+
+class Parts(NamedTuple):
+    """A call cut to what takes part, with everything that its launches share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    dout: Tensor
+    lse: Tensor
+    sizes: tuple[int, int, int, int, int]  # batch, nheads, nheads_k, rows, keys
+    bounds: Bounds
+    intervals: Tensor | None
+    window: tuple[int, int]
+    scale: float
+    softcap: float
+    config: Config
+    block_d: int
+    mode: int
+    splits: int
+    n_tiles_q: int
+    n_tiles_k: int
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def take_apart(
+    inputs: AttentionInputs, out: Tensor, lse: Tensor, dout: Tensor, mode: str, config: Config | None = None
+) -> Parts | None:
+    """The :class:`Parts` of a call; None where nothing takes part."""
+    q, k, v, mask = inputs.query, inputs.key, inputs.value, inputs.mask
+    seqlen_q, seqlen_k, window = q.shape[1], k.shape[1], (-1, -1)
+    if mask.row_intervals is None:
+        bounds = flag_bounds(mask, seqlen_q, seqlen_k)
+    else:
+        bounds = Bounds(0, 0, -NO_BOUND, NO_BOUND, False, False)
+        left, right = mask.window[0], 0 if mask.causal else mask.window[1]
+        window = (min(left, seqlen_q + seqlen_k), min(right, seqlen_q + seqlen_k))
+    first_row, first_key = bounds.first_row, bounds.first_key
+    if first_row:
+        q, out, dout, lse = q[:, first_row:], out[:, first_row:], dout[:, first_row:], lse[:, :, first_row:]
+    if first_key:
+        k, v = k[:, first_key:], v[:, first_key:]
+    batch, rows, nheads, _ = q.shape
+    _, keys, nheads_k, v_head_dim = v.shape
+    if min(rows, keys) <= 0:
+        return None
+    dim = backward_config.block_d(q.shape[3], v_head_dim)
+    if config is None:
+        masked = bounds.has_left or bounds.has_right or mask.row_intervals is not None
+        config = backward_config.select(dim, masked, MODES[mode] > 0)
+    n_tiles_k, splits, group = _cdiv(keys, BLOCK_N), 1, nheads // nheads_k
+    # Query heads of a group are dealt to several programs where there would be too few to fill the device.
+    n_cores = tiles.device_info(q.device).n_cores
+    while splits < group and (group % splits or n_tiles_k * batch * nheads_k * splits < n_cores):
+        splits += 1
+    return Parts(
+        q, k, v, out, dout, lse, (batch, nheads, nheads_k, rows, keys), bounds, mask.row_intervals, window,
+        float(inputs.softmax_scale), float(inputs.softcap), config, dim, MODES[mode], splits,
+        _cdiv(rows, PADDED) * (PADDED // config.block_m), n_tiles_k,
+    )  # fmt: skip
+
+
+class Buffers(NamedTuple):
+    """What the launches of a call hand on to each other."""
+
+    start: Tensor
+    minus_delta: Tensor
+    dq_sums: Tensor | None
+    locks: Tensor | None
+    row_bounds: Tensor | None
+    summary: Tensor | None
+    entries: Tensor | None
+    ranks: Tensor | None
+    counts: Tensor | None
+
+
+def allocate(parts: Parts) -> Buffers:
+    """The buffers of a call."""
+    device = parts.q.device
+    batch, nheads = parts.sizes[:2]
+    n_rows = batch * nheads * parts.n_tiles_q * parts.config.block_m
+
+    def new(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    sums = locks = row_bounds = summary = entries = ranks = counts = None
+    if parts.mode:
+        sums = new(torch.float32, n_rows * parts.block_d)
+    if parts.mode == MODES["ordered"]:
+        locks = new(torch.int32, batch * nheads * parts.n_tiles_q * 8)
+    if parts.intervals is not None:
+        n_lists = parts.intervals.shape[0]
+        row_bounds = new(torch.int32, n_lists, 2, parts.n_tiles_q * parts.config.block_m)
+        summary = new(torch.int32, n_lists, 5, parts.n_tiles_q)
+        entries = new(torch.int32, n_lists, parts.n_tiles_k, parts.n_tiles_q + 1)
+        ranks = torch.empty_like(entries)
+        counts = new(torch.int32, n_lists, parts.n_tiles_k)
+    start, minus_delta = new(torch.float32, n_rows), new(torch.float32, n_rows)
+    return Buffers(start, minus_delta, sums, locks, row_bounds, summary, entries, ranks, counts)
+
+
+class Launch(NamedTuple):
+    """A kernel with its grid, arguments and compile-time options."""
+
+    kernel: Any
+    n_programs: int
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[(self.n_programs,)](*self.arguments, **self.options)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides, with 0 where a dimension is broadcast."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def rows_launch(parts: Parts, buffers: Buffers, delta: Tensor) -> Launch:
+    """The launch of ``row_numbers``; ``delta`` begins at the first row that takes part."""
+    from . import backward_prepare
+
+    batch, nheads, _, rows, keys = parts.sizes
+    intervals = parts.intervals
+    n_lists = 0 if intervals is None else intervals.shape[0]
+    interval_strides = (None,) * 3 if intervals is None else _strides(intervals)
+    arguments = (
+        parts.out, parts.dout, parts.lse, delta, buffers.start, buffers.minus_delta, buffers.dq_sums, buffers.locks,
+        buffers.row_bounds, buffers.summary, intervals, *parts.out.stride()[:3], *parts.dout.stride()[:3],
+        parts.lse.stride(1), *interval_strides, nheads, rows, keys, parts.n_tiles_q, n_lists, *parts.window,
+        -LOG2E if parts.softcap else -1.0 / parts.scale,
+    )  # fmt: skip
+    options = {
+        "V_HEAD_DIM": parts.v.shape[3],
+        "HAS_LEFT": parts.window[0] >= 0,
+        "HAS_RIGHT": parts.window[1] >= 0,
+        "HAS_INTERVALS": intervals is not None,
+        "ZERO_DQ": parts.mode == MODES["unordered"],
+        "ZERO_LOCKS": parts.mode == MODES["ordered"],
+        "BLOCK_M": parts.config.block_m,
+        "BLOCK_D": parts.block_d,
+        "BLOCK_DV": tiles.padded(parts.v.shape[3]),
+        "num_warps": 4,
+    }
+    return Launch(backward_prepare.row_numbers, batch * nheads * parts.n_tiles_q, arguments, options)
+
+
+def lists_launch(parts: Parts, buffers: Buffers) -> Launch:
+    """The launch of ``query_tile_lists``; with row intervals only."""
+    from . import backward_prepare
+
+    assert parts.intervals is not None
+    arguments = (
+        buffers.summary, buffers.entries, buffers.ranks, buffers.counts, parts.sizes[4], parts.n_tiles_q,
+        parts.n_tiles_k,
+    )  # fmt: skip
+    options = {"BLOCK_N": BLOCK_N, "BLOCK": 128, "num_warps": 1}
+    n_programs = parts.intervals.shape[0] * parts.n_tiles_k
+    return Launch(backward_prepare.query_tile_lists, n_programs, arguments, options)
+
+
+def _descriptor(tensor: Tensor, block: int, dim: int) -> Any:
+    """A (batch, seqlen, heads, head dim) tensor for copies of ``block`` rows of one head, ``dim`` wide."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    # The hardware wants multiples of 16 bytes even where there is nothing to step over.
+    strides = [tensor.shape[3] if n == 1 else s for n, s in zip(tensor.shape[:3], tensor.stride()[:3])]
+    layout = gl.NVMMASharedLayout(128, 16, rank=4)
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, block, 1, dim], layout)
+
+
+def _row_descriptor(tensor: Tensor, block: int) -> Any:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(tensor.view(-1), [tensor.numel()], [1], [block], gl.NVMMASharedLayout(0, 32, rank=1))
+
+
+def _section(parts: Parts) -> int:
+    """How many (key) heads have programs in flight together."""
+    batch, nheads, nheads_k, rows, _ = parts.sizes
+    heads = nheads // nheads_k // parts.splits
+    of_row = (parts.q.shape[3] + parts.v.shape[3]) * 2 + (parts.block_d * 4 if parts.mode else 0)
+    return max(1, min(parts.splits * batch * nheads_k, L2_BUDGET // (rows * heads * of_row)))
+
+
+def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section: int | None = None) -> Launch:
+    """The launch of the Gluon kernel; ``dk``, ``dv``: (splits, batch, keys, nheads_k, dim), from the first key that
+    takes part on."""
+    from . import backward
+
+    batch, nheads, nheads_k, _, keys = parts.sizes
+    config, bounds, mode = parts.config, parts.bounds, parts.mode
+    listed, masked = parts.intervals is not None, bounds.has_left or bounds.has_right
+    group = nheads // nheads_k
+    heads_per_split = group // parts.splits
+    grouped = heads_per_split > 1
+    n_heads = parts.splits * batch * nheads_k
+    if listed or bounds.has_left or (masked and (config.any_mask or grouped)):
+        mask = 2
+    else:
+        mask = int(masked)
+    list_stride = parts.n_tiles_k if listed and parts.intervals.shape[0] > 1 else 0
+    softcap = parts.softcap
+    block_m, dim = config.block_m, parts.block_d
+    row_bounds = buffers.row_bounds if buffers.row_bounds is not None else buffers.start  # unused without
+    arguments = (
+        _descriptor(parts.q, block_m, dim), _descriptor(parts.k, BLOCK_N, dim), _descriptor(parts.v, BLOCK_N, dim),
+        _descriptor(parts.dout, block_m, dim), _row_descriptor(buffers.start, block_m),
+        _row_descriptor(buffers.minus_delta, block_m), _row_descriptor(row_bounds, block_m), dk, dv, buffers.dq_sums,
+        buffers.locks, buffers.entries, buffers.ranks, buffers.counts, buffers.row_bounds, list_stride, nheads,
+        nheads_k, heads_per_split, parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2),
+        parts.n_tiles_q, n_heads, _section(parts) if section is None else section, bounds.right, bounds.left,
+        parts.scale, parts.scale * LOG2E, 2.0 * LOG2E * parts.scale / softcap if softcap else 0.0, softcap * LOG2E,
+    )  # fmt: skip
+    options = {
+        "HEAD_DIM": parts.q.shape[3],
+        "V_HEAD_DIM": parts.v.shape[3],
+        "BLOCK_M": block_m,
+        "BLOCK_D": dim,
+        "STAGES": config.stages,
+        "MASK": mask,
+        "HAS_LEFT": bounds.has_left,
+        "HAS_RIGHT": bounds.has_right,
+        "LISTED": listed,
+        "GROUPED": grouped,
+        "HAS_SOFTCAP": softcap > 0.0,
+        "TAIL": keys % BLOCK_N != 0,
+        "ROTATE": config.rotate and mask == 0 and mode == MODES["unordered"],
+        "DQ": mode,
+        "DS_SHARED": config.ds_shared,
+        "EARLY": config.early,
+        # The diagonal runs through the corners of tiles where row i sees keys up to i.
+        "ALIGNED": mask == 1 and bounds.right == 0,
+        "SKIP": config.skip and mask == 1 and bounds.right == 0 and block_m == 64 and not grouped,
+        "CONSUMER_REGISTERS": config.consumer_registers,
+        "PRODUCER_REGISTERS": config.producer_registers,
+        "num_warps": 4,
+    }
+    return Launch(backward.attention_backward, parts.n_tiles_k * n_heads, arguments, options)
+
+
+def dq_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:
+    """The launch that brings the sums of dq into rows; ``dq`` begins at the first row that takes part."""
+    from . import backward_prepare
+
+    batch, nheads, _, rows, _ = parts.sizes
+    arguments = (
+        buffers.dq_sums, buffers.start, dq, *dq.stride()[:3], nheads, rows, parts.n_tiles_q, parts.scale,
+    )  # fmt: skip
+    options = {
+        "HEAD_DIM": parts.q.shape[3],
+        "HAS_INTERVALS": parts.intervals is not None,
+        "BLOCK_M": parts.config.block_m,
+        "BLOCK_D": parts.block_d,
+        "num_warps": 4,
+    }
+    n_parts = parts.config.block_m * parts.block_d // 4096
+    return Launch(backward_prepare.dq_rows, batch * nheads * parts.n_tiles_q * n_parts, arguments, options)
+
+
+def backward(
+    inputs: AttentionInputs,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dout: Tensor,
+    *,
+    mode: str | None = None,
+    config: Config | None = None,
+    section: int | None = None,
+) -> Gradients:
+    """Gradients of a call that :func:`backward_reason` has nothing against.
+
+    Args:
+        out: the forward's output, (batch, seqlen_q, nheads, v_head_dim).
+        softmax_lse: natural-log fp32 (batch, nheads, seqlen_q), contiguous; -inf on rows that see nothing.
+        dout: gradient of ``out``, of any strides.
+        mode: one of :data:`MODES`; None: :func:`mode_for`.
+        config, section: for tuning.
+    """
+    q, v = inputs.query, inputs.value
+    if not _tma_serves(dout):
+        dout = dout.contiguous()
+    mode = mode_for(inputs) if mode is None else mode
+    parts = take_apart(inputs, out, softmax_lse, dout, mode, config)
+    batch, seqlen_q, nheads, head_dim = q.shape
+    _, seqlen_k, nheads_k, v_head_dim = v.shape
+    dq = torch.empty((batch, seqlen_q, nheads, head_dim), dtype=q.dtype, device=q.device)
+    delta = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32, device=q.device)
+    splits = 1 if parts is None else parts.splits
+    dtype = q.dtype if splits == 1 else torch.float32
+    dk = torch.empty((splits, batch, seqlen_k, nheads_k, head_dim), dtype=dtype, device=q.device)
+    dv = torch.empty((splits, batch, seqlen_k, nheads_k, v_head_dim), dtype=dtype, device=q.device)
+    if parts is None:
+        return Gradients(dq.zero_(), dk[0].zero_(), dv[0].zero_(), delta.zero_())
+    first_row, first_key = parts.bounds.first_row, parts.bounds.first_key
+    if first_row:
+        dq[:, :first_row].zero_()
+        delta[:, :, :first_row].zero_()
+    if first_key:
+        dk[:, :, :first_key].zero_()
+        dv[:, :, :first_key].zero_()
+    buffers = allocate(parts)
+    rows_launch(parts, buffers, delta[:, :, first_row:]).run()
+    if parts.intervals is not None:
+        lists_launch(parts, buffers).run()
+    main_launch(parts, buffers, dk[:, :, first_key:], dv[:, :, first_key:], section).run()
+    if parts.mode:
+        dq_launch(parts, buffers, dq[:, first_row:]).run()
+    else:
+        launch.dq_launch(launch.prepare(inputs), dout, softmax_lse, delta, dq, None).run()
+    if splits == 1:
+        return Gradients(dq, dk[0], dv[0], delta)
+    return Gradients(dq, dk.sum(0).to(q.dtype), dv.sum(0).to(q.dtype), delta)

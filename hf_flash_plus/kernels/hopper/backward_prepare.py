@@ -1,0 +1,210 @@
+"""What surrounds the Hopper backward kernel, in plain Triton: row numbers and lists before it, dq's rows after it.
+
+Rows are padded to whole tiles of 128 here (``padded``); what is added weighs nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..primitives import load_tile, row_bounds, tile_bounds
+
+#: Flags in an entry of the lists of query tiles; ``backward`` has the same numbers.
+MASKED = tl.constexpr(1 << 29)
+DIRTY = tl.constexpr(1 << 30)
+
+RUNTIME_SIZES = ("nheads", "seqlen_q", "seqlen_k", "n_tiles_q", "n_tiles_k", "n_lists", "window_left", "window_right")
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def row_numbers(
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    start_ptr,
+    minus_delta_ptr,
+    dq_ptr,
+    lock_ptr,
+    bounds_ptr,
+    summary_ptr,
+    intervals_ptr,
+    out_stride_b,
+    out_stride_s,
+    out_stride_h,
+    dout_stride_b,
+    dout_stride_s,
+    dout_stride_h,
+    lse_stride,
+    intervals_stride_b,
+    intervals_stride_s,
+    intervals_stride_c,
+    nheads,
+    seqlen_q,
+    seqlen_k,
+    n_tiles_q,
+    n_lists,
+    window_left,
+    window_right,
+    factor,
+    V_HEAD_DIM: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_INTERVALS: tl.constexpr,
+    ZERO_DQ: tl.constexpr,
+    ZERO_LOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Of each query row ``delta = sum(dout * out)``, and the start values of the kernel's products; of each query tile
+    what it sees.
+
+    Args:
+        lse_ptr, delta_ptr: fp32, the first row that takes part; heads lie ``lse_stride`` rows apart.
+        start_ptr, minus_delta_ptr: fp32 (batch * nheads, padded): ``lse * factor`` (-inf where a row weighs nothing)
+            and ``-delta``.
+        dq_ptr: with ZERO_DQ, fp32 (batch * nheads * padded * BLOCK_D,) to be zeroed.
+        lock_ptr: with ZERO_LOCKS, int32 (batch * nheads * n_tiles_q, 8) to be zeroed.
+        bounds_ptr: with HAS_INTERVALS, int32 (n_lists, 2, padded): the first and one past the last key of each row.
+        summary_ptr: with HAS_INTERVALS, int32 (n_lists, 5, n_tiles_q): first and one past the last key that some row
+            of the tile sees; the same of the keys that all its rows see; whether a row sees nothing.
+    """
+    tile = tl.program_id(0) % n_tiles_q
+    batch_head = (tl.program_id(0) // n_tiles_q).to(tl.int64)
+    batch, head = batch_head // nheads, batch_head % nheads
+    first_row = tile * BLOCK_M
+    local_rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+    rows = first_row + local_rows
+    row_ok = rows < seqlen_q
+    if HAS_INTERVALS:
+        intervals_ptr += batch * intervals_stride_b
+    start, end = row_bounds(
+        rows, intervals_ptr, intervals_stride_s, intervals_stride_c, seqlen_q, seqlen_k, window_left, window_right,
+        HAS_INTERVALS, HAS_LEFT, HAS_RIGHT,
+    )  # fmt: skip
+    lse = tl.load(lse_ptr + batch_head * lse_stride + rows, mask=row_ok, other=float("inf"))
+    seen = row_ok & (end > start) & (tl.abs(lse) != float("inf"))
+    out_base = out_ptr + batch * out_stride_b + head * out_stride_h + first_row.to(tl.int64) * out_stride_s
+    dout_base = dout_ptr + batch * dout_stride_b + head * dout_stride_h + first_row.to(tl.int64) * dout_stride_s
+    out = load_tile(out_base, local_rows[:, None] * out_stride_s + dims[None, :], seen, V_HEAD_DIM, True)
+    dout = load_tile(dout_base, local_rows[:, None] * dout_stride_s + dims[None, :], seen, V_HEAD_DIM, True)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
+    tl.store(delta_ptr + batch_head * lse_stride + rows, delta, mask=row_ok)
+    at = (batch_head * n_tiles_q + tile) * BLOCK_M + local_rows
+    tl.store(minus_delta_ptr + at, -delta)
+    tl.store(start_ptr + at, tl.where(seen, lse * factor, float("-inf")))
+    tile_at = batch_head * n_tiles_q + tile
+    if ZERO_DQ:
+        numbers = local_rows[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+        tl.store(dq_ptr + tile_at * (BLOCK_M * BLOCK_D) + numbers, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
+    if ZERO_LOCKS:
+        tl.store(lock_ptr + tile_at * 8 + tl.arange(0, 8), tl.zeros([8], tl.int32))
+    if HAS_INTERVALS:  # noqa: SIM102  (one condition is known at compile time, the other is not)
+        if (head == 0) & (batch < n_lists):
+            first, last, full_first, full_last = tile_bounds(
+                start, end, first_row, intervals_ptr, intervals_stride_s, intervals_stride_c, seqlen_q, seqlen_k,
+                window_left, window_right, HAS_INTERVALS, HAS_LEFT, HAS_RIGHT, BLOCK_M,
+            )  # fmt: skip
+            summary_at = summary_ptr + batch * 5 * n_tiles_q + tile
+            tl.store(summary_at, first)
+            tl.store(summary_at + n_tiles_q, last)
+            tl.store(summary_at + 2 * n_tiles_q, full_first)
+            tl.store(summary_at + 3 * n_tiles_q, full_last)
+            tl.store(summary_at + 4 * n_tiles_q, tl.max((row_ok & (end <= start)).to(tl.int32), axis=0))
+            n_rows = n_tiles_q * BLOCK_M
+            bounds_at = bounds_ptr + batch * 2 * n_rows + rows
+            tl.store(bounds_at, tl.where(row_ok, start, 0))
+            tl.store(bounds_at + n_rows, tl.where(row_ok, end, 0))
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def query_tile_lists(
+    summary_ptr,
+    entries_ptr,
+    ranks_ptr,
+    counts_ptr,
+    seqlen_k,
+    n_tiles_q,
+    n_tiles_k,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of one tile of keys, the query tiles that see some of it, in rising order.
+
+    ``entries`` is int32 (lists, n_tiles_k, n_tiles_q + 1): a query tile, plus MASKED where not all of its rows see all
+    of the keys, plus DIRTY where a row sees nothing. ``ranks``, of the same shape: how many later tiles of keys the
+    query tile sees. ``counts`` (lists, n_tiles_k) says how many entries there are; one more is valid to read.
+    """
+    tile_n = tl.program_id(0) % n_tiles_k
+    which = tl.program_id(0) // n_tiles_k
+    first_key = tile_n * BLOCK_N
+    last_key = tl.minimum(first_key + BLOCK_N, seqlen_k)
+    summary_ptr += which * 5 * n_tiles_q
+    list_at = (which * n_tiles_k + tile_n).to(tl.int64) * (n_tiles_q + 1)
+    count = 0
+    for base in range(0, n_tiles_q, BLOCK):
+        tiles = base + tl.arange(0, BLOCK)
+        inside = tiles < n_tiles_q
+        at = summary_ptr + tiles
+        first = tl.load(at, mask=inside, other=2**30)
+        last = tl.load(at + n_tiles_q, mask=inside, other=0)
+        full_first = tl.load(at + 2 * n_tiles_q, mask=inside, other=2**30)
+        full_last = tl.load(at + 3 * n_tiles_q, mask=inside, other=0)
+        dirty = tl.load(at + 4 * n_tiles_q, mask=inside, other=0)
+        sees = (first < last_key) & (last > first_key)
+        masked = (full_first > first_key) | (full_last < last_key)
+        entry = tiles + tl.where(masked, MASKED, 0) + tl.where(dirty > 0, DIRTY, 0)
+        seen = sees.to(tl.int32)
+        to = list_at + count + tl.cumsum(seen, axis=0) - seen
+        tl.store(entries_ptr + to, entry, mask=sees)
+        tl.store(ranks_ptr + to, (last - 1) // BLOCK_N - tile_n, mask=sees)
+        count += tl.sum(seen, axis=0)
+    tl.store(entries_ptr + list_at + count, 0)
+    tl.store(ranks_ptr + list_at + count, 0)
+    tl.store(counts_ptr + which * n_tiles_k + tile_n, count)
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def dq_rows(
+    sums_ptr,
+    start_ptr,
+    dq_ptr,
+    dq_stride_b,
+    dq_stride_s,
+    dq_stride_h,
+    nheads,
+    seqlen_q,
+    n_tiles_q,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    HAS_INTERVALS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A 64 by 64 part of dq from the sums, which lie in the order in which the kernel's threads hold them.
+
+    With row intervals, rows that weigh nothing get 0: nothing may have been written for them.
+    """
+    PARTS: tl.constexpr = BLOCK_M * BLOCK_D // 4096
+    part = tl.program_id(0) % PARTS
+    tile_at = (tl.program_id(0) // PARTS).to(tl.int64)
+    batch_head, tile = tile_at // n_tiles_q, tile_at % n_tiles_q
+    batch, head = batch_head // nheads, batch_head % nheads
+    x = tl.load(sums_ptr + tile_at * (BLOCK_M * BLOCK_D) + part * 4096 + tl.arange(0, 4096))
+    # Register, quarter of a warp, row in it, ...: see _add_dq.
+    x = tl.reshape(x, (8, 4, 8, 4, 2, 2))
+    x = tl.reshape(tl.permute(x, (1, 4, 2, 0, 3, 5)), (64, 64)) * scale
+    # One part beside the other where rows have 128 columns, else one below the other.
+    local_row = part // (BLOCK_D // 64) * 64 + tl.arange(0, 64)
+    columns = part % (BLOCK_D // 64) * 64 + tl.arange(0, 64)
+    if HAS_INTERVALS:
+        start = tl.load(start_ptr + tile_at * BLOCK_M + local_row)
+        x = tl.where((start == float("-inf"))[:, None], 0.0, x)
+    row = tile * BLOCK_M + local_row
+    inside = (row < seqlen_q)[:, None]
+    if HEAD_DIM != BLOCK_D:
+        inside = inside & (columns < HEAD_DIM)[None, :]
+    at = dq_ptr + batch * dq_stride_b + head * dq_stride_h + row[:, None] * dq_stride_s + columns[None, :]
+    tl.store(at, x.to(dq_ptr.dtype.element_ty), mask=inside)

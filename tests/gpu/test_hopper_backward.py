@@ -1,0 +1,213 @@
+"""The Hopper backward kernels on a GPU: features against float64, repeatability, hidden memory, CUDA graphs.
+
+A wrong barrier makes such a kernel hang, not fail. So a first call of every mode is made in a process of its own, with
+a time limit; if it does not come back, the other tests are skipped.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_flash_plus.kernels.hopper import backward_launch
+from hf_flash_plus.providers.base import AttentionGradients
+from hf_flash_plus.providers.triton import TritonProvider, _sinks_gradient
+from tests.kernels.cases import Case, build, check
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP16 = torch.bfloat16, torch.float16
+MODES = tuple(backward_launch.MODES)
+BASE = Case((), 2, 257, 391, 4, 2, 64, 64, BF16)
+WIDE = replace(BASE, head_dim=128, v_head_dim=128)
+FEATURES = [
+    (),
+    ("causal",),
+    ("window",),
+    ("left_window",),
+    ("right_window",),
+    ("packed",),
+    ("documents",),
+    ("left_padding",),
+    ("intervals",),
+    ("one_interval",),
+    ("nothing",),
+    ("softcap",),
+    ("sinks",),
+    ("causal", "packed"),
+    ("packed", "sinks"),
+    ("left_window", "softcap"),
+    ("packed", "softcap"),
+    ("causal", "row_sinks", "softcap"),
+]
+CASES = [replace(base, features=features) for base in (BASE, WIDE) for features in FEATURES]
+CASES += [replace(WIDE, features=features, dtype=FP16) for features in ((), ("causal",), ("packed",))]
+CASES += [
+    replace(WIDE, features=("causal",), head_dim=dim, v_head_dim=v_dim)
+    for dim, v_dim in ((96, 96), (80, 80), (40, 40), (16, 16), (64, 128), (128, 64))
+]
+CASES += [
+    Case(("causal",), batch, seqlen_q, seqlen_k, nheads, nheads_k, 128, 128, BF16)
+    for seqlen_q, seqlen_k, batch, nheads, nheads_k in (
+        (1, 1, 1, 4, 4),
+        (1, 1025, 2, 8, 2),
+        (129, 65, 2, 4, 2),
+        (512, 512, 2, 4, 4),
+        (1000, 1000, 2, 40, 40),
+        (1023, 1023, 1, 8, 1),
+        (640, 640, 8, 32, 8),
+    )
+]
+CASES += [
+    Case(features, 2, 1025, 1100, 34, 17, dim, dim, BF16)
+    for features in ((), ("packed",), ("left_padding",))
+    for dim in (64, 128)
+]
+
+FIRST_CALL = """
+import torch
+from hf_flash_plus.kernels import launch
+from hf_flash_plus.kernels.hopper import backward_launch
+from tests.kernels.cases import Case, build
+for features in ((), ("causal",), ("packed",)):
+    for dim in (64, 128):
+        built = build(Case(features, 2, 700, 700, 4, 2, dim, dim, torch.bfloat16), "cuda")
+        out, lse = launch.forward(built.inputs)
+        backward_launch.backward(built.inputs, out, lse, built.dout, mode={mode!r})
+        torch.cuda.synchronize()
+"""
+
+
+class Hopper(TritonProvider):
+    """The portable kernels with this backward."""
+
+    def __init__(self, mode: str | None) -> None:
+        self.mode = mode
+
+    def backward(self, inputs, out, softmax_lse, dout, *, bias_grad, sinks_grad):  # type: ignore[no-untyped-def]
+        assert backward_launch.backward_reason(inputs) is None
+        dq, dk, dv, delta = backward_launch.backward(inputs, out, softmax_lse, dout, mode=self.mode)
+        dsinks = _sinks_gradient(inputs.sinks, softmax_lse, delta) if sinks_grad else None
+        return AttentionGradients(dq, dk, dv, None, dsinks)
+
+
+def _compile(case: Case, mode: str) -> None:
+    """Compile a case's kernels into Triton's cache; runs in a worker process and launches nothing."""
+    from hf_flash_plus.kernels import launch
+    from tests.kernels.aot.compiling import launches, warm_up
+    from tests.kernels.aot.test_hopper_backward import hopper_launches
+
+    built = build(case, "cuda")
+    for one in hopper_launches(built.inputs, mode, built.dout).values():
+        one.kernel.warmup(*one.arguments, grid=(one.n_programs,), **one.options)
+    portable = launches(built.inputs, dout=built.dout)
+    for name in ("forward", "dq"):
+        assert isinstance(portable[name], launch.Launch)
+        warm_up(portable[name])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started() -> None:
+    reason = backward_launch._device_reason(torch.device("cuda", torch.cuda.current_device()))
+    if reason:
+        pytest.skip(reason)
+    jobs = int(os.environ.get("HF_FLASH_PLUS_COMPILE_JOBS", "8"))
+    if jobs > 1 and "PYTEST_XDIST_WORKER" not in os.environ:
+        with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            for future in [pool.submit(_compile, case, mode) for mode in MODES for case in CASES]:
+                with contextlib.suppress(Exception):  # the test itself will fail with it
+                    future.result()
+    for mode in MODES:
+        run = [sys.executable, "-c", FIRST_CALL.format(mode=mode)]
+        try:
+            done = subprocess.run(run, timeout=300, capture_output=True, text=True)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the first calls of mode {mode!r} hang")
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case: Case, mode: str) -> None:
+    check(Hopper(mode), case, "cuda")
+
+
+def _run(case: Case, mode: str) -> list[tuple[torch.Tensor, ...]]:
+    built = build(case, "cuda")
+    output = TritonProvider().forward(built.inputs)
+    return [
+        backward_launch.backward(built.inputs, output.out, output.softmax_lse, built.dout, mode=mode)[:3]
+        for _ in range(20)
+    ]
+
+
+@pytest.mark.parametrize("mode", ["ordered", "split"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("features", [(), ("causal",), ("left_window",), ("packed",)], ids="+".join)
+def test_bitwise_repeatable(features: tuple[str, ...], dim: int, mode: str) -> None:
+    first, *others = _run(Case(features, 2, 1025, 1100, 34, 17, dim, dim, BF16), mode)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other))
+
+
+def test_deterministic_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = build(BASE, "cuda").inputs
+    monkeypatch.setattr(backward_launch, "DEFAULT_MODE", "unordered")
+    assert backward_launch.mode_for(inputs) == "unordered"
+    assert backward_launch.mode_for(replace(inputs, deterministic=True)) == backward_launch.DETERMINISTIC_MODE
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "1")
+    assert backward_launch.mode_for(inputs) == backward_launch.DETERMINISTIC_MODE
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_views_of_one_projection(mode: str) -> None:
+    """q, k and v as parts of one tensor, and a gradient that is broadcast."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 1000, 3, 8, 128, device="cuda", dtype=BF16)
+    inputs = build(replace(WIDE, features=("causal",)), "cuda").inputs
+    views = replace(inputs, query=qkv[:, :, 0], key=qkv[:, :, 1], value=qkv[:, :, 2])
+    copies = replace(inputs, query=qkv[:, :, 0].clone(), key=qkv[:, :, 1].clone(), value=qkv[:, :, 2].clone())
+    output = TritonProvider().forward(views)
+    dout = torch.randn(1, 1, 1, 128, device="cuda", dtype=BF16).expand(2, 1000, 8, 128)
+    both = [backward_launch.backward(x, output.out, output.softmax_lse, dout, mode=mode) for x in (views, copies)]
+    for a, b in zip(*both):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("features", [("causal",), ("packed",)], ids="+".join)
+@pytest.mark.parametrize("mode", MODES)
+def test_cuda_graph(mode: str, features: tuple[str, ...]) -> None:
+    built = build(replace(WIDE, features=features), "cuda")
+    output = TritonProvider().forward(built.inputs)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        return backward_launch.backward(built.inputs, output.out, output.softmax_lse, built.dout, mode=mode)[:3]
+
+    expected = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(captured, expected):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
+
+
+def test_reasons() -> None:
+    inputs = build(BASE, "cuda").inputs
+    assert backward_launch.backward_reason(inputs) is None
+    assert "dropout" in backward_launch.backward_reason(replace(inputs, dropout_p=0.1))
+    assert "float32" in backward_launch.backward_reason(build(replace(BASE, dtype=torch.float32), "cuda").inputs)
+    odd = build(replace(BASE, head_dim=33, v_head_dim=33), "cuda").inputs
+    assert "33" in backward_launch.backward_reason(odd)
+    unaligned = replace(inputs, query=torch.empty(2, 257, 4, 65, device="cuda", dtype=BF16)[..., 1:])
+    assert "q must be" in backward_launch.backward_reason(unaligned)

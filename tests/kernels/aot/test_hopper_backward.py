@@ -1,0 +1,117 @@
+"""The Hopper backward kernels compile without a GPU, fit shared memory, hardly spill, and keep their products async."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles kernels: run without TRITON_INTERPRET", allow_module_level=True)
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this Triton has no Gluon for Hopper")
+
+from hf_flash_plus.inputs import AttentionInputs
+from hf_flash_plus.kernels.hopper import backward_launch
+from hf_flash_plus.masks import CAUSAL, FULL, AttentionMask
+
+from .compiling import _BIN, TARGETS, _find, call, compiling_for
+
+if reason := backward_launch._gluon_reason():
+    pytest.skip(reason, allow_module_level=True)
+
+#: ptxas's warnings about matrix products that it makes wait for one another, by number and by word.
+SERIALIZED = ("C7510", "C7512", "C7514", "C7515", "C7517", "C7519", "serialized")
+
+
+def hopper_launches(
+    inputs: AttentionInputs, mode: str, dout: torch.Tensor | None = None
+) -> dict[str, backward_launch.Launch]:
+    """All launches of a call's backward pass, by name; nothing runs."""
+    q = inputs.query
+    batch, seqlen_q, nheads, _ = q.shape
+    _, seqlen_k, nheads_k, v_head_dim = inputs.value.shape
+    out = torch.empty(batch, seqlen_q, nheads, v_head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, nheads, seqlen_q, dtype=torch.float32, device=q.device)
+    parts = backward_launch.take_apart(inputs, out, lse, out if dout is None else dout, mode)
+    buffers = backward_launch.allocate(parts)
+    dtype = q.dtype if parts.splits == 1 else torch.float32
+    first_key = parts.bounds.first_key
+    dk = torch.empty(parts.splits, batch, seqlen_k, nheads_k, q.shape[3], dtype=dtype, device=q.device)
+    dv = torch.empty(parts.splits, batch, seqlen_k, nheads_k, v_head_dim, dtype=dtype, device=q.device)
+    found = {
+        "rows": backward_launch.rows_launch(parts, buffers, lse[:, :, parts.bounds.first_row :]),
+        "main": backward_launch.main_launch(parts, buffers, dk[:, :, first_key:], dv[:, :, first_key:]),
+    }
+    if parts.intervals is not None:
+        found["lists"] = backward_launch.lists_launch(parts, buffers)
+    if parts.mode:
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        found["dq"] = backward_launch.dq_launch(parts, buffers, dq[:, parts.bounds.first_row :])
+    return found
+
+
+def _inputs(
+    mask: str, head_dim: int, nheads_k: int, seqlen: int, softcap: float, dtype: torch.dtype
+) -> AttentionInputs:
+    masks = {
+        "full": FULL,
+        "causal": CAUSAL,
+        "window": AttentionMask(window=(1024, 0)),
+        "intervals": AttentionMask(row_intervals=torch.empty(2, seqlen, 2, dtype=torch.int32, device="meta")),
+    }
+    return call(dtype, head_dim, seqlen=seqlen, nheads=32, nheads_k=nheads_k, mask=masks[mask], softcap=softcap)
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+#: mode, mask, head_dim, nheads_k, seqlen, softcap, dtype, and how many bytes of registers may be spilled.
+VARIANTS = [
+    ("unordered", "full", 128, 32, 4096, 0.0, BF16, 160),
+    ("unordered", "causal", 128, 32, 4096, 0.0, BF16, 160),
+    ("ordered", "causal", 128, 32, 4096, 0.0, BF16, 320),
+    ("split", "causal", 128, 32, 4096, 0.0, BF16, 32),
+    ("ordered", "window", 64, 32, 4096, 0.0, FP16, 320),
+    ("ordered", "intervals", 128, 8, 4000, 0.0, BF16, 320),
+]
+if os.environ.get("HF_FLASH_PLUS_AOT") == "full":
+    VARIANTS += [
+        (mode, mask, dim, nheads_k, seqlen, softcap, BF16, 1024)
+        for mode in backward_launch.MODES
+        for mask in ("full", "causal", "window", "intervals")
+        for dim in (64, 128)
+        for nheads_k in (32, 8)
+        for seqlen in (4096, 4000)
+        for softcap in (0.0, 20.0)
+    ]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v[:-1])).replace("torch.", ""))
+def test_compiles(variant: tuple[str, str, int, int, int, float, torch.dtype, int]) -> None:
+    mode, *rest, bound = variant
+    with compiling_for("sm90"):
+        for name, launch in hopper_launches(_inputs(*rest), mode).items():
+            kernel = launch.kernel.warmup(*launch.arguments, grid=(launch.n_programs,), **launch.options)
+            limit = TARGETS["sm90"].shared_memory
+            assert kernel.metadata.shared <= limit, f"{name} takes {kernel.metadata.shared} bytes, there are {limit}"
+            if name == "main":
+                with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+                    ptx.write(kernel.asm["ptx"])
+                    ptx.flush()
+                    command = [_BIN + "ptxas", "-v", "--gpu-name=sm_90a", ptx.name, "-o", os.devnull]
+                    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+                assert not any(word in said for word in SERIALIZED), said
+                spilled = _find(r"(\d+) bytes spill stores", said)
+                assert spilled <= bound, f"{name} spills {spilled} bytes, allowed are {bound}"
+
+
+def test_lengths_do_not_recompile() -> None:
+    """Only whether the last tile of keys is full, and how rows lie, makes another kernel."""
+    with compiling_for("sm90"):
+        hashes = set()
+        for seqlen, batch in ((1024, 3), (4096, 1), (8192, 2)):
+            inputs = call(BF16, 64, batch=batch, seqlen=seqlen, nheads=32, nheads_k=32)
+            main = hopper_launches(inputs, "split")["main"]
+            hashes.add(main.kernel.warmup(*main.arguments, grid=(main.n_programs,), **main.options).hash)
+    assert len(hashes) == 1

@@ -1,0 +1,153 @@
+"""What surrounds the Hopper backward kernel, in Triton's interpreter, with the kernel itself replaced by PyTorch.
+
+The replacement walks over the same query tiles, in the same order, with the same numbers as the kernel: a wrong list,
+bound, start value, turn or place in the sums of dq shows here, without a GPU. What it cannot show is the pipeline.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+from hf_flash_plus.kernels.hopper import backward, backward_launch
+from tests.kernels.cases import NAN, Case, assert_within, build, oracle
+
+BASE = Case((), 2, 200, 300, 2, 1, 64, 64, torch.float16)
+CASES = [
+    (case, mode)
+    for case, mode in itertools.product(
+        [
+            BASE,
+            replace(BASE, features=("causal",)),
+            replace(BASE, features=("causal",), seqlen_q=300, seqlen_k=170),
+            replace(BASE, features=("window",)),
+            replace(BASE, features=("left_window",), seqlen_q=300, seqlen_k=270),
+            replace(BASE, features=("packed", "softcap")),
+            replace(BASE, features=("left_padding",), head_dim=96, v_head_dim=128),
+            replace(BASE, features=("one_interval", "causal"), nheads=4, nheads_k=2),
+            replace(BASE, features=("nothing",)),
+        ],
+        ("unordered", "ordered"),
+    )
+]
+
+
+def _finite(tile: torch.Tensor) -> torch.Tensor:
+    return torch.where(tile.isfinite(), tile, 0.0)
+
+
+def _rows(tensor: torch.Tensor, batch: int, head: int, first: int, count: int, dim: int) -> torch.Tensor:
+    """Rows of one head, with zeros beyond the ends, as a descriptor reads them."""
+    rows = tensor[batch, first : first + count, head].float()
+    return torch.nn.functional.pad(rows, (0, dim - rows.shape[1], 0, count - rows.shape[0]))
+
+
+def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: torch.Tensor, dv: torch.Tensor) -> None:
+    """``backward.attention_backward`` in PyTorch; with turns, it checks that each comes when it is due."""
+    batch, nheads, nheads_k, _, keys = parts.sizes
+    block_m, block_n, dim, bounds = parts.config.block_m, backward.BLOCK_N, parts.block_d, parts.bounds
+    group, ordered = nheads // nheads_k // parts.splits, parts.mode == 2
+    n_heads = parts.splits * batch * nheads_k
+    listed, softcap = parts.intervals is not None, parts.softcap
+    sums = buffers.dq_sums.view(-1, block_m * dim)
+    turns = torch.zeros(sums.shape[0], dtype=torch.int64)
+    for pid in range(parts.n_tiles_k * n_heads):
+        tile_n, split_batch_head = backward._schedule.fn(pid, parts.n_tiles_k, n_heads, 2)
+        if ordered:
+            tile_n = parts.n_tiles_k - 1 - tile_n
+        split, batch_head = divmod(split_batch_head, batch * nheads_k)
+        b, k_head = divmod(batch_head, nheads_k)
+        first_key = tile_n * block_n
+        key = first_key + torch.arange(block_n)[:, None]
+        first, n, n_before, n_full = backward._query_tiles.fn(
+            first_key, parts.n_tiles_q, bounds.right, bounds.left, block_m, block_n, bounds.has_left, bounds.has_right
+        )
+        if listed:
+            which = b if buffers.counts.shape[0] > 1 else 0
+            n = int(buffers.counts[which, tile_n])
+        k, v = (_rows(x, b, k_head, first_key, block_n, dim) for x in (parts.k, parts.v))
+        if listed:
+            k, v = _finite(k), _finite(v)
+        dk_sum, dv_sum = torch.zeros_like(k), torch.zeros_like(v)
+        first_head = k_head * (nheads // nheads_k) + split * group
+        for head in range(first_head, first_head + group):
+            for i in range(n):
+                tile, masked, dirty = first + i, not n_before <= i < n_before + n_full, False
+                rank = backward._rank.fn(
+                    tile, tile_n, parts.n_tiles_k - 1, bounds.right, block_m, block_n, bounds.has_right
+                )
+                if listed:
+                    entry = int(buffers.entries[which, tile_n, i])
+                    tile, masked, dirty = entry & ((1 << 29) - 1), bool(entry >> 29 & 1), bool(entry >> 30 & 1)
+                    rank = int(buffers.ranks[which, tile_n, i])
+                row = tile * block_m + torch.arange(block_m)[None, :]
+                q, dout = (_rows(x, b, head, tile * block_m, block_m, dim) for x in (parts.q, parts.dout))
+                visible = torch.ones(block_n, block_m, dtype=torch.bool)
+                if listed:
+                    start, end = buffers.row_bounds[which][:, row[0]]
+                    visible = (key >= start) & (key < end)
+                    if dirty:
+                        q, dout = (torch.where((end > start)[:, None], x, 0.0) for x in (q, dout))
+                elif bounds.has_left or bounds.has_right:
+                    visible = (key <= row + bounds.right) & (key >= row + bounds.left)
+                at = (b * nheads + head) * parts.n_tiles_q + tile
+                start = buffers.start.view(-1, block_m)[at]
+                raw = k @ q.mT
+                derivative = 1.0
+                if softcap:
+                    t = torch.tanh(raw * parts.scale / softcap)
+                    p, derivative = torch.exp2(t * softcap * backward_launch.LOG2E + start), 1 - t * t
+                else:
+                    p = torch.exp2((raw + start) * parts.scale * backward_launch.LOG2E)
+                p = torch.where(key < keys, p, 0.0)
+                assert masked or bool((visible | (key >= keys) | (p == 0)).all())
+                if masked:
+                    p = torch.where(visible, p, 0.0)
+                ds = p * derivative * (v @ dout.mT + buffers.minus_delta.view(-1, block_m)[at])
+                dk_sum += ds @ q
+                dv_sum += p @ dout
+                dq = ds.mT @ k
+                shape = (1, 64, dim // 64, 64) if dim == 128 else (2, 64, 1, 64)
+                halves = dq.reshape(shape).transpose(1, 2).reshape(2, 64, 64)
+                order = halves.reshape(2, 4, 2, 8, 8, 4, 2).permute(0, 4, 1, 3, 5, 2, 6).reshape(-1)
+                if ordered:
+                    assert rank == turns[at], "a program would wait for one that comes later"
+                    turns[at] += 1
+                    sums[at] = order if rank == 0 else sums[at] + order
+                else:
+                    sums[at] += order
+        inside = min(block_n, keys - first_key)
+        dk[split, b, first_key : first_key + inside, k_head] = (dk_sum * parts.scale)[:inside, : dk.shape[4]].to(
+            dk.dtype
+        )
+        dv[split, b, first_key : first_key + inside, k_head] = dv_sum[:inside, : dv.shape[4]].to(dv.dtype)
+
+
+@pytest.mark.parametrize(("case", "mode"), CASES, ids=str)
+def test_surroundings(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build(case)
+    out, lse, expected = oracle(built)
+
+    class Main:
+        def __init__(self, *arguments: object) -> None:
+            self.arguments = arguments[:4]
+
+        def run(self) -> None:
+            _kernel(*self.arguments)
+
+    monkeypatch.setattr(backward_launch, "main_launch", Main)
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: (lambda t: t.fill_(NAN if t.is_floating_point() else 2**30))(empty(*a, **k))
+    )
+    grads = backward_launch.backward(built.inputs, out.to(case.dtype), lse.float(), built.dout, mode=mode)
+    for name, grad, exact in zip(("dq", "dk", "dv"), grads, expected):
+        assert grad.is_contiguous() and grad.dtype == case.dtype
+        assert_within(name, grad, exact, 4e-3 * (1 + exact.abs().max().item()))
+    delta = (out * built.dout.double()).sum(-1).transpose(1, 2)
+    assert_within("delta", grads.delta, delta, 4e-3 * (1 + delta.abs().max().item()))

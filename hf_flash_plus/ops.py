@@ -277,7 +277,8 @@ def attention(inputs: AttentionInputs, caller: str = "attention", unwritten_keys
         selection = dispatch.select_provider(signature)
         provider, name = selection.provider, selection.provider.name
         if logger.isEnabledFor(logging.DEBUG):
-            _debug(inputs, caller, name, selection.why)
+            kernels = provider.kernels(inputs)
+            _debug(inputs, caller, name, f"{selection.why}; {kernels}" if kernels else selection.why)
     if provider.differentiable:
         if unwritten_keys and provider.reads_hidden_keys:
             inputs = _without_hidden_keys(inputs)

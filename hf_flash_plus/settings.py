@@ -16,6 +16,7 @@ from functools import lru_cache
 USE_FLAGGEMS = "FLASH_ATTENTION_USE_FLAGGEMS"
 PROVIDER = "HF_FLASH_PLUS_PROVIDER"
 DETERMINISTIC = "FLASH_ATTENTION_DETERMINISTIC"
+KERNELS = "HF_FLASH_PLUS_KERNELS"
 
 TRUE_WORDS = ("TRUE", "1", "ON", "YES")
 FALSE_WORDS = ("FALSE", "0", "OFF", "NO")
@@ -48,7 +49,13 @@ SETTINGS = (
         DETERMINISTIC,
         "1 or 0",
         "0",
-        "1: only deterministic backward passes (set by Transformers' full determinism); our kernels always are",
+        "1: only deterministic backward passes (set by Transformers' full determinism)",
+    ),
+    Setting(
+        KERNELS,
+        "auto or portable",
+        "auto",
+        "portable: the provider triton leaves its kernels for one architecture (Hopper) aside",
     ),
 )
 
@@ -80,6 +87,20 @@ def deterministic() -> bool:
     """Whether only deterministic backward passes may serve (``FLASH_ATTENTION_DETERMINISTIC``, default 0)."""
     text = os.environ.get(DETERMINISTIC)
     return False if not text else _parse_bool(DETERMINISTIC, text)
+
+
+def portable_kernels() -> bool:
+    """Whether kernels made for one architecture must not be used (``HF_FLASH_PLUS_KERNELS``, default auto)."""
+    text = os.environ.get(KERNELS)
+    return bool(text) and _parse_kernels(text)
+
+
+@lru_cache(maxsize=16)
+def _parse_kernels(text: str) -> bool:
+    word = text.strip().lower()
+    if word not in ("auto", "portable"):
+        raise ValueError(f"{KERNELS}={text!r} is not a valid setting. Valid values, in any case: auto, portable.")
+    return word == "portable"
 
 
 # A context variable, so that `use_provider` in one thread or task does not reach another.

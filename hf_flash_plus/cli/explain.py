@@ -11,7 +11,7 @@ import typer
 from .console import make_console
 
 if TYPE_CHECKING:
-    from ..inputs import CallSignature
+    from ..inputs import AttentionInputs, CallSignature
 
 
 class Dtype(str, Enum):
@@ -55,15 +55,15 @@ def explain(
 ) -> None:
     """Show which provider would serve a call, and every reason of the others. Exit code 1: nobody would."""
     from ..dispatch import describe_signature, explain_signature
+    from ..providers import PROVIDERS
 
     try:
-        signature = build_signature(
+        inputs = build_inputs(
             shape=_integers("--shape", shape, 4),
             kv_heads=kv_heads,
             seqlen_k=seqlen_k,
             v_head_dim=v_head_dim,
             dtype=dtype.value,
-            device=device,
             causal=causal,
             window=_integers("--window", window, 2) if window else (-1, -1),
             softcap=softcap,
@@ -79,16 +79,21 @@ def explain(
             lse=lse,
             deterministic=deterministic,
         )
+        signature = _on(device, inputs)
         verdicts = explain_signature(signature)
     except (ValueError, TypeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     served = any(verdict.chosen for verdict in verdicts)
+    kernels = {verdict.provider: PROVIDERS[verdict.provider].kernels(inputs) for verdict in verdicts if verdict.chosen}
     if as_json:
-        rows = [verdict.__dict__ | {"would_serve": not verdict.reasons} for verdict in verdicts]
+        rows = [
+            verdict.__dict__ | {"would_serve": not verdict.reasons, "kernels": kernels.get(verdict.provider, "")}
+            for verdict in verdicts
+        ]
         typer.echo(json.dumps({"call": describe_signature(signature), "served": served, "providers": rows}, indent=2))
     else:
-        _print(describe_signature(signature), verdicts)
+        _print(describe_signature(signature), verdicts, kernels)
     if not served:
         raise typer.Exit(1)
 
@@ -103,14 +108,13 @@ def _integers(option: str, text: str, count: int) -> tuple[int, ...]:
     return numbers
 
 
-def build_signature(
+def build_inputs(
     *,
     shape: tuple[int, ...],
     kv_heads: int | None = None,
     seqlen_k: int | None = None,
     v_head_dim: int | None = None,
     dtype: str = "bf16",
-    device: str = "cuda",
     causal: bool = False,
     window: tuple[int, ...] = (-1, -1),
     softcap: float = 0.0,
@@ -125,8 +129,8 @@ def build_signature(
     bias_grad: bool = False,
     lse: bool = False,
     deterministic: bool = False,
-) -> CallSignature:
-    """The signature of a call described in words: built and validated on meta tensors, which need no device."""
+) -> AttentionInputs:
+    """A call described in words: built and validated on meta tensors, which need no device."""
     import torch
 
     from .. import settings
@@ -174,10 +178,21 @@ def build_signature(
         needs_lse=lse,
     )
     validate(inputs)
+    return inputs
+
+
+def _on(device: str, inputs: AttentionInputs) -> CallSignature:
+    import torch
+
     return inputs.signature()._replace(device_type=torch.device(device).type)
 
 
-def _print(call: str, verdicts: list[Any]) -> None:
+def build_signature(*, device: str = "cuda", **call: Any) -> CallSignature:
+    """The signature of a call described in words (see :func:`build_inputs`), as if on that type of device."""
+    return _on(device, build_inputs(**call))
+
+
+def _print(call: str, verdicts: list[Any], kernels: dict[str, str]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -192,7 +207,8 @@ def _print(call: str, verdicts: list[Any]) -> None:
             word, reasons = "[red]cannot[/red]", verdict.reasons
         else:
             word, reasons = "[green]would serve[/green]", verdict.steps_aside
-        table.add_row(verdict.provider, word, escape("\n".join(f"- {reason}" for reason in reasons)))
+        notes = [f"- {reason}" for reason in reasons] + [n for n in (kernels.get(verdict.provider),) if n]
+        table.add_row(verdict.provider, word, escape("\n".join(notes)))
     console.print(table)
     if not any(verdict.chosen for verdict in verdicts):
         console.print("[red]nobody would serve this call[/red]")

@@ -118,6 +118,11 @@ class Provider(ABC):
         """Reasons that the capability data cannot express; called when the provider is available."""
         return []
 
+    def kernels(self, inputs: AttentionInputs) -> str:
+        """Which of its kernels would compute a call that it serves, and why not better ones; "" where it has no choice.
+        For logs and ``hf-flash-plus explain``."""
+        return ""
+
     def prepare_decoding(self, inputs: AttentionInputs) -> DecodingStep | None:
         """A shorter way to compute later calls like this one, which has one query row per batch element, no gradient
         and a mask of flags, row intervals and padding; None where there is none. See :class:`DecodingStep`."""

@@ -10,13 +10,18 @@ import importlib.metadata
 import os
 from dataclasses import replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import settings
 from ..inputs import MAX_ROW_STRIDE, AttentionInputs, CallSignature
 from .base import ALL_FEATURES, AttentionGradients, AttentionOutput, DecodingStep, Provider
+
+if TYPE_CHECKING:
+    from ..kernels.hopper import backward_launch as hopper_backward
 
 
 @cache
@@ -41,7 +46,7 @@ def _accelerator() -> bool:
 
 class TritonProvider(Provider):
     name = "triton"
-    summary = "our Triton kernels: every feature, forward and deterministic backward, NVIDIA and AMD"
+    summary = "our Triton kernels: every feature, forward and backward, NVIDIA and AMD; faster ones on Hopper"
     device_types = frozenset({"cuda", "cpu"})
     dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32})
     max_head_dim = 512
@@ -74,12 +79,33 @@ class TritonProvider(Provider):
         from ..kernels import decode_launch, launch
 
         plain = _plain(inputs)
-        serve = decode_launch.forward if decode_launch.serves(plain) else launch.forward
         with _on_device(inputs.query):
-            out, lse = serve(plain)
+            if decode_launch.serves(plain):
+                out, lse = decode_launch.forward(plain)
+            elif _hopper_forward_reason(plain) is None:
+                from ..kernels.hopper import forward_launch
+
+                out, lse = forward_launch.forward(plain)
+            else:
+                out, lse = launch.forward(plain)
         if plain.v_head_dim != inputs.v_head_dim:
             out = out[..., : inputs.v_head_dim].contiguous()
         return AttentionOutput(out, lse)
+
+    def kernels(self, inputs: AttentionInputs) -> str:
+        from ..kernels import decode_launch
+
+        plain = _plain(inputs)
+        if decode_launch.serves(plain):
+            return "decoding kernel"
+        parts = []
+        passes = [("forward", _hopper_forward_reason)]
+        if inputs.signature().needs_grad:
+            passes.append(("backward", _hopper_backward_reason))
+        for name, reason in passes:
+            why_not = reason(plain)
+            parts.append(f"{name}: portable kernels ({why_not})" if why_not else f"{name}: Hopper kernels")
+        return "; ".join(parts)
 
     def forward_paged(
         self, inputs: AttentionInputs, k_cache: Tensor, v_cache: Tensor, block_table: Tensor
@@ -117,8 +143,15 @@ class TritonProvider(Provider):
         plain = _plain(inputs)
         v_head_dim = plain.v_head_dim
         out, dout = _padded(out, v_head_dim).contiguous(), _rows_contiguous(_padded(dout, v_head_dim))
+        softmax_lse = softmax_lse.contiguous()
+        grads: launch.Gradients | hopper_backward.Gradients
         with _on_device(inputs.query):
-            grads = launch.backward(plain, out, softmax_lse.contiguous(), dout, bias_grad=bias_grad)
+            if not bias_grad and _hopper_backward_reason(plain) is None:
+                from ..kernels.hopper import backward_launch
+
+                grads = backward_launch.backward(plain, out, softmax_lse, dout)
+            else:
+                grads = launch.backward(plain, out, softmax_lse, dout, bias_grad=bias_grad)
         dq, dk, dv = grads.dq, grads.dk, grads.dv
         if plain.query is not inputs.query:
             if inputs.softmax_scale < 0:
@@ -127,11 +160,31 @@ class TritonProvider(Provider):
         if v_head_dim != inputs.v_head_dim:
             dv = dv[..., : inputs.v_head_dim].contiguous()
         dbias = dsinks = None
-        if grads.dscores is not None and inputs.mask.bias is not None:
+        if bias_grad and inputs.mask.bias is not None:
+            assert isinstance(grads, launch.Gradients) and grads.dscores is not None
             dbias = _reduce_bias(grads.dscores, inputs.mask.bias)
         if sinks_grad and inputs.sinks is not None:
             dsinks = _sinks_gradient(inputs.sinks, softmax_lse, grads.delta)
         return AttentionGradients(dq, dk, dv, dbias, dsinks)
+
+
+def _hopper_forward_reason(plain: AttentionInputs) -> str | None:
+    """Why the portable kernels compute the forward of a call; None: the Hopper kernels do."""
+    if settings.portable_kernels():
+        return f"{settings.KERNELS}=portable"
+    from ..kernels.hopper import forward_launch
+
+    return forward_launch.available_reason() or forward_launch.forward_reason(plain)
+
+
+def _hopper_backward_reason(plain: AttentionInputs) -> str | None:
+    """The same for the backward."""
+    if settings.portable_kernels():
+        return f"{settings.KERNELS}=portable"
+    from ..kernels.hopper import backward_launch, forward_launch
+
+    # The versions of Triton are the forward's: Gluon is experimental.
+    return forward_launch.available_reason() or backward_launch.backward_reason(plain)
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -54,6 +54,17 @@ class TestBooleans:
         assert read() is default
 
 
+def test_portable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(settings.KERNELS, raising=False)
+    assert settings.portable_kernels() is False
+    for text, value in (("portable", True), (" Portable ", True), ("auto", False), ("", False)):
+        monkeypatch.setenv(settings.KERNELS, text)
+        assert settings.portable_kernels() is value
+    monkeypatch.setenv(settings.KERNELS, "hopper")
+    with pytest.raises(ValueError, match="HF_FLASH_PLUS_KERNELS='hopper'.*auto, portable"):
+        settings.portable_kernels()
+
+
 def test_forced_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(settings.PROVIDER, raising=False)
     assert settings.forced_provider() is None
@@ -100,5 +111,6 @@ def test_override_is_of_this_thread_only() -> None:
 
 
 def test_table_documents_every_variable() -> None:
-    assert {s.name for s in settings.SETTINGS} == {settings.USE_FLAGGEMS, settings.PROVIDER, settings.DETERMINISTIC}
+    names = {settings.USE_FLAGGEMS, settings.PROVIDER, settings.DETERMINISTIC, settings.KERNELS}
+    assert {s.name for s in settings.SETTINGS} == names
     assert all(s.values and s.meaning for s in settings.SETTINGS)

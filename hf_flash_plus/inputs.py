@@ -174,6 +174,22 @@ def _require_tensor(name: str, value: object, optional: bool = False) -> None:
         raise TypeError(f"{name} must be a torch.Tensor{' or None' if optional else ''}, got {type(value).__name__}.")
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device, or breaking a graph that is being traced."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+def _require_values(name: str, values: Tensor, low: int, high: int, why: str) -> None:
+    """Raise ValueError unless all numbers are in ``[low, high]``, where they are :func:`readable`. (On a GPU an index
+    out of range ends at torch's own device-side assertion, as in any indexing.)"""
+    if not readable(values) or not values.numel():
+        return
+    least, most = int(values.min()), int(values.max())
+    _require(
+        low <= least and most <= high, lambda: f"{name} must be from {low} to {high} ({why}), got {least} to {most}."
+    )
+
+
 def _layout(tensor: object) -> object:
     """All that validation reads of a tensor."""
     if not isinstance(tensor, Tensor):

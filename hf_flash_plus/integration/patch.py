@@ -74,6 +74,8 @@ def patch_model(model: nn.Module) -> PatchReport:
         True
     """
     registration.register()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers.PreTrainedModel or contain some, got {type(model).__name__}.")
     if getattr(model, _STATE, None) is not None:
         report: PatchReport = getattr(model, _STATE)[1]
         return report

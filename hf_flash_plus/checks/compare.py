@@ -50,12 +50,21 @@ class Difference(Exception):
     """An answer that is wrong, and how."""
 
 
-def excess(name: str, got: Tensor, exact: Tensor, eager: Tensor | None, times: float, logits: float = 0.0) -> float:
+def excess(
+    name: str,
+    got: Tensor,
+    exact: Tensor,
+    eager: Tensor | None,
+    times: float,
+    logits: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> float:
     """The largest error as a part of what is allowed: ``times`` eager's own, and a little.
 
     Args:
         logits: magnitude of the log-sum-exp. Whoever keeps that in fp32 and takes its exponential again, as every
             flash attention does in backward, has weights no more precise than its last bit.
+        dtype: the dtype of the call, where what is compared has another (fp32 sinks beside half-precision q).
 
     Raises:
         Difference: another shape, NaN or infinity where there is none, or a part above 1.
@@ -73,7 +82,7 @@ def excess(name: str, got: Tensor, exact: Tensor, eager: Tensor | None, times: f
     if not true.numel():
         return 0.0
     own = 0.0 if eager is None else (eager.detach().double()[finite] - true).abs().nan_to_num(0.0).max().item()
-    little = _TINY[got.dtype] + (0.0 if got.dtype == torch.float64 else logits * 2.0**-22)
+    little = _TINY[dtype or got.dtype] + (0.0 if got.dtype == torch.float64 else logits * 2.0**-22)
     allowed = times * own + little * (1.0 + true.abs().max().item())
     part = (wide - true).abs().max().item() / allowed
     if part > 1.0:
@@ -113,7 +122,7 @@ def judge(
         true = _gradients(exact.out, exact_call, dout.double())
         budget = _gradients(eager.out, eager_call, dout)
         for name, got_grad in grads.items():
-            worst = max(worst, excess(f"d{name}", got_grad, true[name], budget[name], 3 * extra, logits))
+            worst = max(worst, excess(f"d{name}", got_grad, true[name], budget[name], 3 * extra, logits, out.dtype))
     return worst
 
 

@@ -82,7 +82,9 @@ def excess(
     if not true.numel():
         return 0.0
     own = 0.0 if eager is None else (eager.detach().double()[finite] - true).abs().nan_to_num(0.0).max().item()
-    little = _TINY[dtype or got.dtype] + (0.0 if got.dtype == torch.float64 else logits * 2.0**-22)
+    little = max(_TINY[dtype or got.dtype], _TINY[got.dtype]) + (
+        0.0 if got.dtype == torch.float64 else logits * 2.0**-22
+    )
     allowed = times * own + little * (1.0 + true.abs().max().item())
     part = (wide - true).abs().max().item() / allowed
     if part > 1.0:

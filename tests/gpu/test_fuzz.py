@@ -43,7 +43,7 @@ def test_random_calls(kind: str, provider: str, record_property: Callable[[str, 
     served = []
 
     @seed(SEED)
-    @fuzzing(60)
+    @fuzzing(25)
     @given(call=KINDS[kind](LIMITS))
     def run(call: Call) -> None:
         served.append(check(call, (provider,), "cuda"))

@@ -22,6 +22,9 @@ from .isolate import Cell, Runner, run_apart, run_here
 #: Plain torch calls: on the CPU they cannot take the process with them.
 HARMLESS = frozenset({"reference", "torch_sdpa"})
 
+#: Which part of the processes the cells of a provider that compiles are dealt to.
+PARTS = {"triton": 2, "flaggems": 4}
+
 #: The "feature" of a row about a provider that ended the process that asked whether it can be used.
 LOADING = "loading"
 
@@ -178,13 +181,13 @@ def check(
     if providers is not None:
         result.missing = [name for name in names if reasons[name] is not None]
     result.not_checked = _not_checked(device, [one for one in result.providers if one.reason])
-    jobs = jobs or max(1, min(6, (os.cpu_count() or 2) // 2))
+    jobs = jobs or max(1, min(8, (os.cpu_count() or 2) // 2))
     work: list[tuple[Runner, list[Cell], list[Row], bool]] = []
     for name in asked:
         cells = matrix(name, device)
         apart = is_apart(name, device)
-        # Dealt out like cards: kernels of each kind are compiled in several processes at once.
-        parts = jobs if apart and name != "torch_sdpa" else 1
+        # Dealt out like cards: kernels of each kind are compiled in several processes at once, most of them ours.
+        parts = max(1, jobs // PARTS[name]) if apart and name in PARTS else 1
         for part in range(parts):
             work.append((compare.run_cell, cells[part::parts], result.rows, apart))
     whole = models.AUTOMATIC if providers is None else None

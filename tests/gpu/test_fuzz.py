@@ -11,9 +11,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, seed
 
 from hf_flash_plus.providers import PROVIDERS
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, seed
+
 from tests.fuzz.calls import Call
 from tests.fuzz.judge import check
 from tests.fuzz.profiles import SEED, fuzzing

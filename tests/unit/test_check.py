@@ -296,3 +296,27 @@ def test_availability_is_asked_apart_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     assert sorted(asked) == sorted(set(PROVIDERS) - run.HARMLESS)
     assert {one.provider: one.reason for one in found}["triton"] == "not installed"
     assert [row.provider for row in lost] == ["flash_attn"]
+
+
+@pytest.mark.parametrize("jobs", [1, 8])
+def test_on_a_gpu_every_cell_is_asked_once(jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan for a GPU, without one: what runs apart and what here, dealt to processes, in order again."""
+    asked: list[tuple[bool, isolate.Cell]] = []
+
+    def answer(apart: bool) -> Callable[..., Any]:
+        def rows(_runner: Any, cells: list[isolate.Cell], *_: Any) -> Any:
+            for cell in cells:
+                asked.append((apart, cell))
+                yield Row(*cell[:3], OK, 0.1)
+
+        return rows
+
+    monkeypatch.setattr(run, "_all_usable", lambda *_: ([run.Usable(name, None) for name in PROVIDERS], []))
+    monkeypatch.setattr(run, "run_apart", answer(True))
+    monkeypatch.setattr(run, "run_here", answer(False))
+    result = run.check("cuda", jobs=jobs)
+    expected = [cell for name in PROVIDERS for cell in run.matrix(name, "cuda")]
+    assert [(row.provider, row.feature, row.dtype) for row in result.rows] == [cell[:3] for cell in expected]
+    assert sorted(cell for _, cell in asked) == sorted([*expected, *run.model_cells(models.AUTOMATIC, "cuda")])
+    assert {cell.provider for apart, cell in asked if not apart} == {"reference"}
+    assert result.passed and {row.dtype for row in result.models} == {"fp32", "bf16"}

@@ -191,6 +191,7 @@ class Soak:
     def run(self) -> dict[str, Any]:
         """The whole soak, as the record."""
         begin, args = time.monotonic(), self.args
+        hf_flash_plus.dispatch.clear_cache()  # so that the record names the providers of this run
         deadline, sampled = begin + 60 * args.minutes, 0.0
         while time.monotonic() < deadline and not 0 < args.max_steps <= sum(self.done.values()):
             # In turn at first, so that the warm-up meets everything.

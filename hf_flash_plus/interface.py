@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import ops, settings
 from .dispatch import NoProviderError
-from .inputs import AttentionInputs, _require, _require_values, describe, readable, validate
+from .inputs import AttentionInputs, _require, _require_values, describe, readable, require_strided, validate
 from .masks import AttentionMask, PackedSequences, varlen_mask
 from .paged import gather_pages, require_pages, validate_pages
 
@@ -26,20 +26,6 @@ from .paged import gather_pages, require_pages, validate_pages
 def _last_contiguous(x: Any) -> Any:
     """flash-attn copies a tensor whose last dimension is not contiguous; so do we. Other strides are free."""
     return x.contiguous() if isinstance(x, Tensor) and x.dim() and x.stride(-1) != 1 else x
-
-
-def _require_strided(**tensors: Any) -> None:
-    """Say which tensor has no strides; asked only once that has come up."""
-    for name, tensor in tensors.items():
-        nested = isinstance(tensor, Tensor) and tensor.is_nested
-        _require(
-            not nested,
-            f"{name} is a nested tensor; pass its values and offsets to flash_attn_varlen_func, or pad it.",
-        )
-        _require(
-            not isinstance(tensor, Tensor) or tensor.layout == torch.strided,
-            f"{name} is a {getattr(tensor, 'layout', None)} tensor; only dense tensors are served: {name}.to_dense().",
-        )
 
 
 def _window(window_size: Any) -> tuple[int, int]:
@@ -130,7 +116,8 @@ def _inputs(
     try:
         q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
     except RuntimeError:
-        _require_strided(q=q, k=k, v=v)
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            require_strided(name, tensor)
         raise
     inputs = AttentionInputs(
         q,

@@ -7,7 +7,9 @@ wrong, and the settings, masks, models and Transformers arguments that are.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +30,12 @@ from .test_validation import BAD, CU, INT, TABLE, Bad, Q, appending, cached, den
 
 def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=INT)
+
+
+def nested(layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        return torch.nested.nested_tensor([t(6, 2, 8), t(3, 2, 8)], layout=layout)
 
 
 def under(name: str, value: str, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -145,9 +153,16 @@ MORE = [
     Bad("q is sparse", dense(q=t(*Q).to_sparse()), ValueError, ("q is a torch.sparse_coo tensor", "to_dense")),
     Bad(
         "k is nested",
-        dense(k=torch.nested.nested_tensor([t(6, 2, 8), t(3, 2, 8)])),
+        dense(k=nested(torch.strided)),
         ValueError,
         ("k is a nested tensor", "flash_attn_varlen_func"),
+    ),
+    Bad("v is jagged", dense(v=nested(torch.jagged)), ValueError, ("v is a nested tensor", "or pad it")),
+    Bad(
+        "all are jagged",
+        dense(q=nested(torch.jagged), k=nested(torch.jagged), v=nested(torch.jagged)),
+        ValueError,
+        ("q is a nested tensor", "flash_attn_varlen_func"),
     ),
     # masks
     Bad("window None of a mask", masked(window=None), ValueError, ("window_size must be a tuple", "None")),
@@ -275,6 +290,8 @@ def test_at_least_150_cases_with_names_of_their_own() -> None:
     assert len(EVERY) >= 150
     assert len({bad.what for bad in EVERY}) == len(EVERY)
     assert all(bad.says for bad in EVERY), "every message is checked"
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"**Wrong calls**: {len(EVERY)} of them" in readme
 
 
 @pytest.mark.parametrize("bad", MORE, ids=[bad.what for bad in MORE])

@@ -66,7 +66,8 @@ def flash_attn_with_kvcache(
         ``out`` ``(batch, seqlen_q, nheads, v_headdim)``; or ``(out, softmax_lse)``, fp32 ``(batch, nheads, seqlen_q)``.
 
     Raises:
-        TypeError, ValueError: malformed arguments.
+        TypeError, ValueError: malformed arguments; values of index tensors (``cache_seqlens``, ``cache_batch_idx``,
+            ``cache_leftpad``, ``block_table``) are checked on the CPU only, where that costs no waiting.
         NoProviderError: no provider can serve the call.
     """
     _validate(

@@ -36,6 +36,9 @@ LIMITS = Limits(
     seed=SEED,
 )
 
+#: FlagGems compiles anew for every head count, batch, window and scale: seconds for an example.
+PARTS = {"flaggems": 50}
+
 
 @pytest.mark.parametrize("provider", [name for name in PROVIDERS if name != "reference"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,7 +49,7 @@ def test_random_calls(kind: str, provider: str, record_property: Callable[[str, 
     served = []
 
     @seed(SEED)
-    @fuzzing(25)
+    @fuzzing(25, PARTS.get(provider, 1))
     @given(call=KINDS[kind](LIMITS))
     def run(call: Call) -> None:
         served.append(check(call, (provider,), "cuda"))

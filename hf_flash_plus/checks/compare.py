@@ -58,6 +58,7 @@ def excess(
     times: float,
     logits: float = 0.0,
     dtype: torch.dtype | None = None,
+    extra: float = 1.0,
 ) -> float:
     """The largest error as a part of what is allowed: ``times`` eager's own, and a little.
 
@@ -65,6 +66,7 @@ def excess(
         logits: magnitude of the log-sum-exp. Whoever keeps that in fp32 and takes its exponential again, as every
             flash attention does in backward, has weights no more precise than its last bit.
         dtype: the dtype of the call, where what is compared has another (fp32 sinks beside half-precision q).
+        extra: multiplies what is allowed.
 
     Raises:
         Difference: another shape, NaN or infinity where there is none, or a part above 1.
@@ -85,7 +87,7 @@ def excess(
     little = max(_TINY[dtype or got.dtype], _TINY[got.dtype]) + (
         0.0 if got.dtype == torch.float64 else logits * 2.0**-22
     )
-    allowed = times * own + little * (1.0 + true.abs().max().item())
+    allowed = extra * (times * own + little * (1.0 + true.abs().max().item()))
     part = (wide - true).abs().max().item() / allowed
     if part > 1.0:
         raise Difference(f"{name}: error {part * allowed:.2g}, allowed {allowed:.2g}")
@@ -115,16 +117,16 @@ def judge(
         raise Difference(f"out is {out.dtype} instead of {call.q.dtype}")
     seen = exact.lse[exact.lse.isfinite()]
     logits = seen.abs().max().item() if seen.numel() else 0.0
-    worst = excess("out", out, exact.out.detach(), eager.out, 2 * extra, logits)
+    worst = excess("out", out, exact.out.detach(), eager.out, 2, logits, extra=extra)
     if lse is not None:
         if lse.dtype != torch.float32:
             raise Difference(f"softmax_lse is {lse.dtype} instead of torch.float32")
-        worst = max(worst, excess("softmax_lse", lse, exact.lse.detach(), eager.lse, 2 * extra, logits))
+        worst = max(worst, excess("softmax_lse", lse, exact.lse.detach(), eager.lse, 2, logits, extra=extra))
     if grads is not None and dout is not None:
         true = _gradients(exact.out, exact_call, dout.double())
         budget = _gradients(eager.out, eager_call, dout)
         for name, got_grad in grads.items():
-            worst = max(worst, excess(f"d{name}", got_grad, true[name], budget[name], 3 * extra, logits, out.dtype))
+            worst = max(worst, excess(f"d{name}", got_grad, true[name], budget[name], 3, logits, out.dtype, extra))
     return worst
 
 

@@ -55,7 +55,9 @@ def _run(call: Call, code: str) -> None:
     if isinstance(call, Varlen):
         out, lse = out[None], None if lse is None else lse[None]
         dout = None if dout is None else dout[None]
-    judge(out if lse is None else Answer(out, lse), dense, dout, grads)
+    # Eager's own error is a poor measure where it is drawn from a handful of numbers: by luck it may be next to none.
+    extra = 3.0 if out.dtype in (torch.float16, torch.bfloat16) else 1.0
+    judge(out if lse is None else Answer(out, lse), dense, dout, grads, extra)
     if isinstance(call, Cached):
         for name, got, want in zip(("k_cache", "v_cache"), (names["k_cache"], names["v_cache"]), call.after(names)):
             # Rotation is rounded to the dtype once; everything else must be there to the bit.

@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest gpu-test lint format types pytest-cpu pytest-interpreter pytest-distributed clean
+.PHONY: help demo test test-lowest gpu-test lint format types pytest-cpu pytest-interpreter pytest-distributed gpu-fuzz gpu-soak clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -84,7 +84,7 @@ types: $(VENV)/.dev ## mypy on the package
 # One thread per worker: two workers with two threads each are slower than two with one.
 pytest-cpu: $(VENV)/.dev ## the tests that need neither a GPU nor Triton's interpreter
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not distributed" \
-	  tests/unit tests/transformers tests/examples tests/kernels/aot \
+	  tests/unit tests/fuzz tests/transformers tests/examples tests/kernels/aot \
 	  | tee $(VENV)/$@.log
 
 # On their own and not in `make test`: with every core busy, gloo has once hung and once aborted while it shut down.
@@ -100,6 +100,15 @@ test-lowest: $(VENV_LOWEST)/.dev ## unit and Transformers tests against the olde
 
 gpu-test: ## the GPU tests, with the current python (no environment is created)
 	python -m pytest tests/gpu -m gpu
+
+FUZZ_EXAMPLES ?= 2000
+SOAK_MINUTES ?= 10
+
+gpu-fuzz: ## thousands of random calls on the GPU, with the current python; FUZZ_EXAMPLES of each kind and provider
+	HF_FLASH_PLUS_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) python -m pytest tests/gpu/test_fuzz.py -m gpu -s
+
+gpu-soak: ## SOAK_MINUTES of mixed training and generation on the GPU, with the current python
+	python examples/soak.py --minutes $(SOAK_MINUTES) --result_file outputs/soak.json
 
 clean: ## remove the environments and the tools' caches
 	rm -rf $(VENV) $(VENV_LOWEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis outputs *.egg-info

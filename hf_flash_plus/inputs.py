@@ -178,6 +178,36 @@ def _require_tensor(name: str, value: object, optional: bool = False) -> None:
         raise TypeError(f"{name} must be a torch.Tensor{' or None' if optional else ''}, got {type(value).__name__}.")
 
 
+def require_strided(name: str, tensor: object) -> None:
+    """Raise ValueError for nested and sparse tensors, whose shapes and strides are not what they seem."""
+    if not isinstance(tensor, Tensor):
+        return
+    _require(
+        not tensor.is_nested,
+        f"{name} is a nested tensor; pass its values and offsets to flash_attn_varlen_func, or pad it.",
+    )
+    _require(
+        tensor.layout == torch.strided,
+        lambda: f"{name} is a {tensor.layout} tensor; only dense tensors are served: {name}.to_dense().",
+    )
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device, or breaking a graph that is being traced."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+def _require_values(name: str, values: Tensor, low: int, high: int, why: str) -> None:
+    """Raise ValueError unless all numbers are in ``[low, high]``, where they are :func:`readable`. (On a GPU an index
+    out of range ends at torch's own device-side assertion, as in any indexing.)"""
+    if not readable(values) or not values.numel():
+        return
+    least, most = int(values.min()), int(values.max())
+    _require(
+        low <= least and most <= high, lambda: f"{name} must be from {low} to {high} ({why}), got {least} to {most}."
+    )
+
+
 def _layout(tensor: object) -> object:
     """All that validation reads of a tensor."""
     if not isinstance(tensor, Tensor):
@@ -240,6 +270,7 @@ def _validate(inputs: AttentionInputs) -> None:
     q, k, v = inputs.query, inputs.key, inputs.value
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _require_tensor(name, tensor)
+        require_strided(name, tensor)
         _require(
             tensor.dim() == 4,
             lambda: f"{name} must have 4 dimensions (batch, seqlen, nheads, headdim), got {describe(tensor)}.",

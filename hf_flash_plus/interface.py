@@ -8,6 +8,7 @@ tensors, and masks of any kind through :func:`attention`.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from . import ops, settings
 from .dispatch import NoProviderError
-from .inputs import AttentionInputs, _require, describe, validate
+from .inputs import AttentionInputs, _require, _require_values, describe, readable, require_strided, validate
 from .masks import AttentionMask, PackedSequences, varlen_mask
-from .paged import gather_pages, validate_pages
+from .paged import gather_pages, require_pages, validate_pages
 
 
 def _last_contiguous(x: Any) -> Any:
@@ -112,10 +113,16 @@ def _inputs(
     needs_lse: bool,
 ) -> AttentionInputs:
     """The call as validated data."""
+    try:
+        q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
+    except RuntimeError:
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            require_strided(name, tensor)
+        raise
     inputs = AttentionInputs(
-        _last_contiguous(q),
-        _last_contiguous(k),
-        _last_contiguous(v),
+        q,
+        k,
+        v,
         _softmax_scale(q, softmax_scale),
         mask,
         softcap,
@@ -492,7 +499,9 @@ def flash_attn_varlen_kvpacked_func(
     )
 
 
-def _validate_cu_seqlens(name: str, cu: Any, device: torch.device) -> None:
+def _validate_cu_seqlens(name: str, cu: Any, device: torch.device, total: int | None, max_seqlen: Any) -> None:
+    """Check cumulative lengths over ``total`` rows; their values on the CPU only, where that costs no waiting."""
+    longest = "max_seqlen" + name.removeprefix("cu_seqlens")
     if not isinstance(cu, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu).__name__}.")
     _require(
@@ -500,6 +509,28 @@ def _validate_cu_seqlens(name: str, cu: Any, device: torch.device) -> None:
         f"{name} must be torch.int32 of shape (nseqs + 1,), got {describe(cu)}.",
     )
     _require(cu.device == device, f"{name} is on {cu.device}, but q is on {device}.")
+    if torch.compiler.is_compiling():
+        return
+    known = isinstance(max_seqlen, int) and not isinstance(max_seqlen, bool)
+    _require(
+        (known and max_seqlen >= 0) or isinstance(max_seqlen, Tensor),
+        f"{longest} must be an integer >= 0 that no sequence exceeds, got {max_seqlen!r}.",
+    )
+    if not readable(cu):
+        return
+    ends = cu.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(ends)]
+    _require(
+        ends[0] == 0 and min(lengths, default=0) >= 0,
+        lambda: f"{name} must begin with 0 and never fall, got {ends if len(ends) < 20 else [*ends[:20], '...']}.",
+    )
+    _require(
+        total is None or ends[-1] <= total, lambda: f"{name} ends at {ends[-1]}, but there are {total} rows to divide."
+    )
+    _require(
+        not known or max(lengths, default=0) <= max_seqlen,
+        lambda: f"{longest} is {max_seqlen}, but the longest sequence of {name} has {max(lengths)}.",
+    )
 
 
 def _varlen_call(
@@ -524,8 +555,9 @@ def _varlen_call(
             f"{'(num_blocks, page_block_size, nheads_k, headdim)' if paged else '(total, nheads, headdim)'}, "
             f"got {describe(tensor)}.",
         )
-    _validate_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
-    _validate_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
+    _validate_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device, q.shape[0], max_seqlen_q)
+    keys = None if block_table is not None else k.shape[0]
+    _validate_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device, keys, max_seqlen_k)
     _require(
         cu_seqlens_q.shape == cu_seqlens_k.shape,
         f"cu_seqlens_q and cu_seqlens_k must have one length, got {tuple(cu_seqlens_q.shape)} and "
@@ -548,8 +580,11 @@ def _varlen_call(
             block_table.shape[0] == nseqs,
             f"block_table has {block_table.shape[0]} rows, but cu_seqlens_q describes {nseqs} sequences.",
         )
-        k, v = gather_pages(k, block_table), gather_pages(v, block_table)
         used = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
+        slots = block_table.shape[1] * k.shape[1]
+        _require_values("cu_seqlens_k", used, 0, slots, "keys that the pages of a sequence hold; the lengths are")
+        require_pages(block_table, used, k)
+        k, v = gather_pages(k, block_table), gather_pages(v, block_table)
         cu_seqlens_k = torch.arange(nseqs + 1, dtype=torch.int32, device=q.device) * k.shape[1]
         k, v = k.flatten(0, 1), v.flatten(0, 1)
     elif slopes is None:

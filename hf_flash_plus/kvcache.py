@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .inputs import AttentionInputs, _require, _require_tensor, describe, validate
+from .inputs import AttentionInputs, _require, _require_tensor, _require_values, describe, validate
 from .interface import _last_contiguous, _softmax_scale, _window
 from .masks import AttentionMask, window_intervals
-from .paged import validate_pages
+from .paged import require_pages, validate_pages
 
 
 def flash_attn_with_kvcache(
@@ -66,7 +66,8 @@ def flash_attn_with_kvcache(
         ``out`` ``(batch, seqlen_q, nheads, v_headdim)``; or ``(out, softmax_lse)``, fp32 ``(batch, nheads, seqlen_q)``.
 
     Raises:
-        TypeError, ValueError: malformed arguments.
+        TypeError, ValueError: malformed arguments; values of index tensors (``cache_seqlens``, ``cache_batch_idx``,
+            ``cache_leftpad``, ``block_table``) are checked on the CPU only, where that costs no waiting.
         NoProviderError: no provider can serve the call.
     """
     _validate(
@@ -83,11 +84,23 @@ def flash_attn_with_kvcache(
     )
     used = _lengths(cache_seqlens, k, batch, slots, q.device)
     flags = AttentionMask(causal=bool(causal), window=window)
+    if rotary_cos is not None and k is not None and (flags.causal or flags.windowed):
+        # Row i of q is rotated as key cache_seqlens + i; with more rows than new keys that can lie beyond the cache.
+        last = (cache_seqlens if isinstance(cache_seqlens, int) else slots - k.shape[1]) + seqlen_q
+        _require(
+            rotary_cos.shape[0] >= last,
+            lambda: (
+                f"rotary_cos and rotary_sin must have {last} rows to rotate q (seqlen {seqlen_q}) behind the keys in "
+                f"use, got {describe(rotary_cos)}; precompute more rows."
+            ),
+        )
     scale = _softmax_scale(q, softmax_scale)
     if k is not None:
         # A call that is refused must not have written into the cache.
         keys, values = (c.new_empty(()).expand(batch, slots, *c.shape[2:]) for c in (k_cache, v_cache))
         validate(AttentionInputs(q, keys, values, scale, flags, softcap, alibi_slopes, s_aux))
+    if block_table is not None:
+        require_pages(block_table, used + (0 if k is None else k.shape[1]), k_cache)
     with torch.no_grad():
         total = used
         if k is not None:
@@ -181,6 +194,10 @@ def _validate(
         validate_pages("k_cache", k_cache, block_table)
         validate_pages("v_cache", v_cache, block_table)
         _require(
+            k_cache.shape[:2] == v_cache.shape[:2],
+            f"k_cache and v_cache must have the same pages, got {describe(k_cache)} and {describe(v_cache)}.",
+        )
+        _require(
             block_table.shape[0] == batch, f"block_table has {block_table.shape[0]} rows, but q has batch {batch}."
         )
         _require(cache_batch_idx is None, "cache_batch_idx cannot be combined with block_table.")
@@ -197,6 +214,10 @@ def _validate(
                 f"{name} must be an integer tensor of shape ({batch},), "
                 f"got {describe(index) if isinstance(index, Tensor) else index!r}.",
             )
+    if cache_batch_idx is not None:
+        _require_values("cache_batch_idx", cache_batch_idx, 0, k_cache.shape[0] - 1, "rows of k_cache")
+    if cache_leftpad is not None:
+        _require_values("cache_leftpad", cache_leftpad, 0, k_cache.shape[1], "slots of k_cache")
     _require(
         isinstance(num_splits, int) and num_splits >= 0, f"num_splits must be an integer >= 0, got {num_splits!r}."
     )
@@ -222,6 +243,9 @@ def _lengths(
         and cache_seqlens.dtype in (torch.int32, torch.int64),
         f"cache_seqlens must be an int or an int32 tensor of shape ({batch},), "
         f"got {describe(cache_seqlens) if isinstance(cache_seqlens, Tensor) else cache_seqlens!r}.",
+    )
+    _require_values(
+        "cache_seqlens", cache_seqlens, 0, slots - new, f"the cache holds {slots} keys, {new} of them for k"
     )
     return cache_seqlens.to(device, torch.int64)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .inputs import _require, describe
+from .inputs import _require, _require_values, describe, readable
 
 
 def validate_pages(name: str, cache: Tensor, block_table: Tensor) -> None:
@@ -22,6 +22,13 @@ def validate_pages(name: str, cache: Tensor, block_table: Tensor) -> None:
     _require(
         block_table.device == cache.device, f"block_table is on {block_table.device}, but {name} is on {cache.device}."
     )
+
+
+def require_pages(block_table: Tensor, lengths: Tensor, cache: Tensor) -> None:
+    """Check that the pages which ``lengths`` keys ``(batch,)`` of each row take are pages of ``cache``; on the CPU."""
+    if readable(block_table) and readable(lengths):
+        columns = torch.arange(block_table.shape[1]) * cache.shape[1] < lengths[:, None]
+        _require_values("block_table", block_table[columns], 0, cache.shape[0] - 1, "pages of the cache")
 
 
 def gather_pages(cache: Tensor, block_table: Tensor) -> Tensor:

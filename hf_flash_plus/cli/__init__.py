@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .bench import bench
+from .check import check
 from .coverage import coverage
 from .explain import explain
 from .info import info
@@ -16,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for _verb in (info, explain, bench, coverage):
+for _verb in (info, explain, check, bench, coverage):
     app.command()(_verb)
 
 

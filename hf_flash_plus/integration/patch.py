@@ -74,6 +74,8 @@ def patch_model(model: nn.Module) -> PatchReport:
         True
     """
     registration.register()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers.PreTrainedModel or contain some, got {type(model).__name__}.")
     if getattr(model, _STATE, None) is not None:
         report: PatchReport = getattr(model, _STATE)[1]
         return report
@@ -89,10 +91,11 @@ def patch_model(model: nn.Module) -> PatchReport:
             reasons = "\n".join(f"  {name or '(the model)'} [{cls}]: {reason}" for name, cls, reason in report.left)
             raise ValueError(f"the attention of {type(model).__name__} cannot be switched to {NAME}:\n{reasons}")
         model.__dict__[_STATE] = (changes, report)
-    except BaseException:
+        return report
+    except BaseException:  # KeyboardInterrupt, too, and wherever it comes
+        model.__dict__.pop(_STATE, None)
         _restore(changes)
         raise
-    return report
 
 
 def unpatch_model(model: nn.Module) -> bool:
@@ -169,8 +172,9 @@ def _has_attention(part: PreTrainedModel) -> bool:
 
 def _restore(changes: list[_Change]) -> None:
     while changes:
-        change = changes.pop()
-        if change.before is _ABSENT:
-            delattr(change.owner, change.name)
-        else:
+        change = changes[-1]  # taken off once it is undone, so that after an interruption unpatch_model() goes on
+        if change.before != _ABSENT:  # not "is": the string may come out of a pickle
             setattr(change.owner, change.name, change.before)
+        elif hasattr(change.owner, change.name):
+            delattr(change.owner, change.name)
+        changes.pop()

@@ -41,6 +41,14 @@ def register() -> None:
     """Make ``attn_implementation="flash_plus"`` known to Transformers; done by ``import hf_flash_plus``. Idempotent."""
     if _undo:
         return
+    try:
+        _register()
+    except BaseException:  # half a registration would count as one
+        unregister()
+        raise
+
+
+def _register() -> None:
     for name in (NAME, PAGED_NAME):
         _set_entry(AttentionInterface._global_mapping, name, flash_plus_attention)
         _set_entry(AttentionMaskInterface._global_mapping, name, flash_plus_mask)
@@ -55,20 +63,21 @@ def register() -> None:
 def unregister() -> None:
     """Leave Transformers as it was before :func:`register`; models that use ``flash_plus`` stop working."""
     while _undo:
-        _undo.pop()()
+        _undo[-1]()
+        _undo.pop()
     if flash_utils._loaded_implementation in (NAME, PAGED_NAME):
         flash_utils._loaded_implementation = None  # the functions preloaded for us must not serve another name
 
 
 def _set_entry(mapping: dict[str, Any], name: str, function: Callable[..., Any]) -> None:
-    mapping[name] = function
     _undo.append(lambda: mapping.pop(name, None))
+    mapping[name] = function
 
 
 def _wrap(owner: Any, attribute: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     original = vars(owner)[attribute]
-    setattr(owner, attribute, functools.update_wrapper(make(original), original))
     _undo.append(lambda: setattr(owner, attribute, original))
+    setattr(owner, attribute, functools.update_wrapper(make(original), original))
 
 
 def _lazy_imports(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..inputs import AttentionInputs, CallSignature
 from ..masks import with_intervals
 from .base import AttentionGradients, AttentionOutput, Provider
+from .toolchain import missing_tool
 
 logger = logging.getLogger("hf_flash_plus")
 
@@ -171,7 +172,7 @@ class FlagGemsProvider(Provider):
 
     def unavailable_reason(self) -> str | None:
         """Also imports flag_gems, the first time, where nothing else speaks against it."""
-        reason = self._missing_reason()
+        reason = self._missing_reason() or missing_tool()
         if reason is None:
             self._load()
             reason = self._broken

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +34,30 @@ class Generation:
     min_capability: int
     features: frozenset[str]
     arguments: Callable[[AttentionInputs], dict[str, Any]]
+
+    def foreign_interface(self, module: Any) -> str | None:
+        """What the functions of an installed version do not take of what this adapter passes; None: they take it.
+
+        Version numbers promise little here (betas, forks), so the functions themselves are asked.
+        """
+        needed = set(self.arguments(_ANY_CALL))
+        for name, more in (("flash_attn_func", set()), ("flash_attn_varlen_func", _VARLEN)):
+            function = getattr(module, name, None)
+            if function is None:
+                return f"{self.module} has no {name}"
+            try:
+                parameters = inspect.signature(function).parameters
+            except (TypeError, ValueError):  # a compiled function that does not say
+                continue
+            lacking = (needed | more) - set(parameters)
+            if lacking and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                return f"{name} takes no {', '.join(sorted(lacking))}"
+        return None
+
+
+_NO_TENSOR = torch.empty(0)
+_ANY_CALL = AttentionInputs(_NO_TENSOR, _NO_TENSOR, _NO_TENSOR, 1.0)
+_VARLEN = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
 
 
 def _window(inputs: AttentionInputs) -> tuple[bool, tuple[int, int]]:
@@ -109,16 +134,18 @@ def _find() -> tuple[Generation, Any, str] | str:
         try:
             found = importlib.metadata.version(name)
             module = importlib.import_module(generation.module)
-            if not hasattr(module, "flash_attn_func") or not hasattr(module, "flash_attn_varlen_func"):
-                raise ImportError(f"{generation.module} has no flash_attn_func")
+            foreign = generation.foreign_interface(module)
         except importlib.metadata.PackageNotFoundError:
             reasons.append(f"{name} is not installed")
         except Exception as error:  # a broken binary package fails in many ways, none of which may reach the caller
             reasons.append(f"{name} cannot be imported ({type(error).__name__}: {error})")
         else:
-            if capability >= generation.min_capability:
+            if foreign is None and capability >= generation.min_capability:
                 return generation, module, found
-            reasons.append(f"{name} needs compute capability {generation.min_capability}.0 or newer")
+            if foreign is not None:
+                reasons.append(f"{name} {found} has an interface that is not known here ({foreign})")
+            else:
+                reasons.append(f"{name} needs compute capability {generation.min_capability}.0 or newer")
     return "; ".join(reasons)
 
 

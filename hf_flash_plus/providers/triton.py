@@ -19,19 +19,31 @@ from torch import Tensor
 from .. import settings
 from ..inputs import MAX_ROW_STRIDE, AttentionInputs, CallSignature
 from .base import ALL_FEATURES, AttentionGradients, AttentionOutput, DecodingStep, Provider
+from .toolchain import missing_tool
 
 if TYPE_CHECKING:
     from ..kernels.hopper import backward_launch as hopper_backward
+
+#: As in pyproject.toml.
+OLDEST_TRITON = (3, 6)
 
 
 @cache
 def _import_error() -> str | None:
     try:
-        import triton  # noqa: F401
+        import triton
     except ModuleNotFoundError:
         return "triton is not installed (pip install triton)"
     except Exception as error:  # a broken installation fails in many ways, none of which may reach the caller
         return f"triton cannot be imported ({type(error).__name__}: {error})"
+    found = getattr(triton, "__version__", None)
+    try:
+        old = tuple(int(part) for part in str(found).split("+")[0].split(".")[:2]) < OLDEST_TRITON
+    except ValueError:
+        return f"triton says that its version is {found!r}: not a Triton that is known here"
+    if old:
+        needed = ".".join(map(str, OLDEST_TRITON))
+        return f"triton {found} is too old, {needed} is the oldest supported (pip install -U 'triton>={needed}')"
     return None
 
 
@@ -56,7 +68,7 @@ class TritonProvider(Provider):
         error = _import_error()
         if error is None and not (_accelerator() or _interpreting()):
             return "needs a CUDA or ROCm device, none is visible (TRITON_INTERPRET=1 runs it slowly on the CPU)"
-        return error
+        return error or (None if _interpreting() else missing_tool())
 
     def version(self) -> str | None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

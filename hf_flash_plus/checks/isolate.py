@@ -1,0 +1,120 @@
+"""Cells in a process of their own, so that a crash or a hang is a row of the table and not its end."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from .compare import BAD, CRASH, ERROR, HANG, Row
+
+#: Seconds that starting a process and importing torch and transformers may take, beside the time of its first cell.
+STARTING = 120.0
+
+
+class Cell(NamedTuple):
+    """What is to be run: a feature or a model's check, of a provider, in a dtype, on a device."""
+
+    provider: str
+    feature: str
+    dtype: str
+    device: str
+
+
+Runner = Callable[[str, str, str, str], Row]
+
+
+def run_here(run: Runner, cells: Sequence[Cell]) -> Iterator[Row]:
+    """Every cell in this process."""
+    for cell in cells:
+        yield run(*cell)
+
+
+def run_apart(run: Runner, cells: Sequence[Cell], timeout: float) -> Iterator[Row]:
+    """Every cell in a spawned process; after a crash or a hang a fresh one goes on with the next cell.
+
+    Args:
+        run: an importable function.
+        timeout: seconds that one cell may take, compiling its kernels included.
+    """
+    waiting = list(cells)
+    context = multiprocessing.get_context("spawn")
+    while waiting:
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(there, run, waiting), daemon=True)
+        process.start()
+        there.close()
+        try:
+            patience = timeout + STARTING
+            while waiting:
+                begin = time.monotonic()
+                row = _receive(here, process, waiting[0], patience)
+                row.seconds = row.seconds or round(time.monotonic() - begin, 1)
+                del waiting[0]
+                yield row
+                if row.status in (CRASH, HANG) or row.note.endswith(LOST):
+                    break
+                patience = timeout
+        finally:
+            process.kill()
+            process.join()
+            here.close()
+
+
+#: Ends the note of a row after which the device answers nobody in its process.
+LOST = "(the device is lost to this process)"
+
+
+def _receive(pipe: Connection, process: Any, cell: Cell, timeout: float) -> Row:
+    lost = Row(cell.provider, cell.feature, cell.dtype, CRASH)
+    try:
+        if pipe.poll(timeout):
+            row: Row = pipe.recv()
+            return row
+    except (EOFError, OSError):
+        process.join(10)
+        lost.note = _describe_exit(process.exitcode)
+        return lost
+    lost.status, lost.note = HANG, f"no answer within {timeout:.0f} s"
+    return lost
+
+
+def _describe_exit(code: int | None) -> str:
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return f"the process was ended by {signal.Signals(-code).name}"
+    return f"the process ended with exit code {code}"
+
+
+def _serve(pipe: Connection, run: Runner, cells: Sequence[Cell]) -> None:
+    """The loop of the process: rows out, in the order of the cells."""
+    # What libraries print in here (compilers, CUDA's asserts) would tear the parent's table apart.
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    for cell in cells:
+        row = run(*cell)
+        if row.status in BAD and not _device_answers(cell.device):
+            row.status, row.note = (CRASH if row.status == ERROR else row.status), f"{row.note} {LOST}"
+        pipe.send(row)
+        if row.note.endswith(LOST):
+            return
+    pipe.close()
+
+
+def _device_answers(device: str) -> bool:
+    """Whether the device still works: after an illegal memory access every later call in the process fails."""
+    if not device.startswith("cuda"):
+        return True
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        return bool(torch.ones(1, device=device).item() == 1.0)
+    except Exception:
+        return False

@@ -1,0 +1,227 @@
+"""The whole check: who is asked what, where it runs, and what came of it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..inputs import AttentionInputs
+from ..providers import PROVIDERS
+from . import compare, models
+from .compare import BAD, OK, REFUSED, Row
+from .features import FEATURES
+from .isolate import Cell, Runner, run_apart, run_here
+
+#: Plain torch calls: on the CPU they cannot take the process with them.
+HARMLESS = frozenset({"reference", "torch_sdpa"})
+
+#: Which part of the processes the cells of a provider that compiles are dealt to.
+PARTS = {"triton": 2, "flaggems": 4}
+
+#: The "feature" of a row about a provider that ended the process that asked whether it can be used.
+LOADING = "loading"
+
+
+@dataclass
+class Usable:
+    """Whether a provider claims to serve on the device, or why not."""
+
+    provider: str
+    reason: str | None
+
+
+@dataclass
+class Result:
+    """What a check found.
+
+    Attributes:
+        providers: every provider, asked or not.
+        rows: the cells of the feature matrix.
+        models: the checks of whole models.
+        not_checked: what this machine could not show, in words.
+        missing: providers asked for by name that cannot be used here.
+    """
+
+    device: str
+    providers: list[Usable]
+    rows: list[Row] = field(default_factory=list)
+    models: list[Row] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def failures(self) -> list[Row]:
+        return [row for row in (*self.rows, *self.models) if row.status in BAD]
+
+    @property
+    def passed(self) -> bool:
+        """Nothing failed, nothing that was asked for is missing, and something was checked at all."""
+        checked = any(row.status == OK for row in self.rows) and any(row.status == OK for row in self.models)
+        return checked and not self.failures and not self.missing
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON data, with where it was found."""
+        from ..bench.environment import describe
+
+        return {
+            "passed": self.passed,
+            "device": self.device,
+            "seconds": round(self.seconds, 1),
+            "environment": describe(),
+            "providers": [{"name": one.provider, "usable": not one.reason, "reason": one.reason}
+                          for one in self.providers],
+            "missing": self.missing,
+            "not_checked": self.not_checked,
+            "rows": [row.as_dict() for row in self.rows],
+            "models": [row.as_dict() for row in self.models],
+        }  # fmt: skip
+
+
+def usable(name: str, device: str) -> Usable:
+    """Whether a provider claims to serve on a device."""
+    provider = PROVIDERS[name]
+    try:
+        reason = provider.unavailable_reason()
+        if reason is None:
+            # Some serve a type of device in certain cases only: ask about a plain call in two dtypes.
+            kind = torch.device(device).type
+            reasons = []
+            for dtype in (torch.float32, torch.float16):
+                q = torch.empty(1, 8, 2, 64, dtype=dtype)
+                signature = AttentionInputs(q, q, q, 0.125).signature()._replace(device_type=kind)
+                reasons.append("; ".join(provider.not_supported_reasons(signature)))
+            reason = reasons[0] if all(reasons) else None
+    except Exception as error:  # must not happen; a check is where one learns of it
+        reason = f"{type(error).__name__}: {error}"
+    return Usable(name, reason)
+
+
+def usable_row(provider: str, feature: str, dtype: str, device: str) -> Row:
+    """:func:`usable` as a cell, for a process of its own: importing a broken binary package can end a process."""
+    reason = usable(provider, device).reason
+    return Row(provider, feature, dtype, OK if reason is None else REFUSED, note=reason or "")
+
+
+def _all_usable(device: str, timeout: float) -> tuple[list[Usable], list[Row]]:
+    """Whom to ask, and the rows of those that did not survive the question."""
+    if not device.startswith("cuda"):
+        return [usable(name, device) for name in PROVIDERS], []
+    risky = [name for name in PROVIDERS if name not in HARMLESS]
+
+    def ask(name: str) -> Row:
+        return next(run_apart(usable_row, [Cell(name, LOADING, main_dtype(device), device)], timeout))
+
+    with ThreadPoolExecutor(len(risky)) as pool:
+        rows = {row.provider: row for row in pool.map(ask, risky)}
+    found = [Usable(n, (rows[n].note or None) if n in rows else usable(n, device).reason) for n in PROVIDERS]
+    return found, [row for row in rows.values() if row.status in BAD]
+
+
+def main_dtype(device: str) -> str:
+    """The dtype in which everything is asked; the others are asked the core features."""
+    return "bf16" if device.startswith("cuda") else "fp32"
+
+
+def matrix(provider: str, device: str) -> list[Cell]:
+    """What a provider is asked."""
+    main = main_dtype(device)
+    cells = [Cell(provider, name, main, device) for name in compare.names()]
+    for dtype in compare.DTYPES:
+        if dtype != main:
+            cells += [Cell(provider, one.name, dtype, device) for one in FEATURES if one.core]
+    return cells
+
+
+def model_cells(provider: str, device: str) -> list[Cell]:
+    """What the two models are asked."""
+    dtypes = ("fp32", "bf16") if device.startswith("cuda") else ("fp32",)
+    return [
+        Cell(provider, check, dtype, device)
+        for name in models.MODELS
+        for dtype in dtypes
+        for check in models.checks(name, dtype)
+    ]
+
+
+def is_apart(provider: str, device: str) -> bool:
+    """Whether a provider runs in a process of its own."""
+    return provider != "reference" if device.startswith("cuda") else provider not in (*HARMLESS, models.AUTOMATIC)
+
+
+def check(
+    device: str,
+    providers: Sequence[str] | None = None,
+    timeout: float = 60.0,
+    jobs: int | None = None,
+    report: Callable[[Row], None] | None = None,
+) -> Result:
+    """Check providers and models on a device.
+
+    Args:
+        device: ``"cpu"`` or a CUDA device.
+        providers: by name; None is every one that claims to serve there.
+        timeout: seconds for one cell, compiling its kernels included.
+        jobs: processes at a time; None chooses by the number of cores.
+        report: called with each row as it comes, from several threads but never from two at once.
+    """
+    begin = time.perf_counter()
+    names = list(PROVIDERS) if providers is None else list(providers)
+    found, lost = _all_usable(device, timeout)
+    result = Result(device, found, [row for row in lost if row.provider in names])
+    reasons = {one.provider: one.reason for one in result.providers}
+    asked = [name for name in names if reasons[name] is None]
+    if providers is not None:
+        result.missing = [name for name in names if reasons[name] is not None]
+    result.not_checked = _not_checked(device, [one for one in result.providers if one.reason])
+    jobs = jobs or max(1, min(8, (os.cpu_count() or 2) // 2))
+    work: list[tuple[Runner, list[Cell], list[Row], bool]] = []
+    for name in asked:
+        cells = matrix(name, device)
+        apart = is_apart(name, device)
+        # Dealt out like cards: kernels of each kind are compiled in several processes at once, most of them ours.
+        parts = max(1, jobs // PARTS[name]) if apart and name in PARTS else 1
+        for part in range(parts):
+            work.append((compare.run_cell, cells[part::parts], result.rows, apart))
+    whole = models.AUTOMATIC if providers is None else None
+    for name in [whole] if whole else asked:
+        work.append((models.run_check, model_cells(name, device), result.models, is_apart(name, device)))
+    lock = threading.Lock()
+
+    def run(one: tuple[Runner, list[Cell], list[Row], bool]) -> None:
+        runner, cells, rows, apart = one
+        for row in run_apart(runner, cells, timeout) if apart else run_here(runner, cells):
+            with lock:
+                rows.append(row)
+                if report is not None:
+                    report(row)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        # What runs here runs in this very thread: generators and autocast are its own.
+        apart_futures = [pool.submit(run, one) for one in work if one[3]]
+        for one in work:
+            if not one[3]:
+                run(one)
+        for future in apart_futures:
+            future.result()
+    order = {cell: i for i, cell in enumerate(cell for name in asked for cell in matrix(name, device))}
+    result.rows.sort(key=lambda row: order.get(Cell(row.provider, row.feature, row.dtype, device), -1))
+    result.seconds = time.perf_counter() - begin
+    return result
+
+
+def _not_checked(device: str, unusable: Sequence[Usable]) -> list[str]:
+    words = [f"{one.provider}: {one.reason}" for one in unusable]
+    if not device.startswith("cuda"):
+        if torch.cuda.is_available():
+            words.append("the GPU: this check ran on the CPU (--device cuda checks the GPU)")
+        else:
+            words.append("GPU kernels: torch sees no CUDA or ROCm device")
+    return words

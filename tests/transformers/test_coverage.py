@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from hf_flash_plus.coverage import judge as judging
 from hf_flash_plus.coverage.cells import CHECKS, DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
 from hf_flash_plus.coverage.compare import collect, error, identical, real_positions
+from hf_flash_plus.coverage.exceptions import reference
 from hf_flash_plus.coverage.find import model_types
 from hf_flash_plus.coverage.inputs import padding
 from hf_flash_plus.coverage.pool import run_all
@@ -114,6 +118,48 @@ def test_refused_models_keep_their_attention() -> None:
     row = run_row("bloom", list(CHECKS), Settings())
     assert row.refused and row.outcome() == REFUSED
     assert "BloomForCausalLM" in row.cells["forward"].note
+
+
+@pytest.mark.parametrize("version, refused", [("5.17.0", True), ("5.22.1", True), ("5.23.0", False)])
+def test_refusals_end_with_the_version_that_needs_none(
+    version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_flash_plus.integration.models import unsupported_reason
+
+    monkeypatch.setattr(transformers, "__version__", version)
+    for name in ("pixtral", "kosmos-2", "bridgetower"):
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(tiny_config(name), attn_implementation="eager")
+        assert (unsupported_reason(model) is not None) == (refused or name == "bridgetower"), name
+
+
+@pytest.mark.parametrize("version, before", [("5.17.0", "sdpa"), ("5.23.0", "eager")])
+def test_references_depend_on_the_version(version: str, before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", version)
+    assert reference("moshi", "forward")[0] == before
+    assert reference("moshi", "left") == reference("llama", "forward") == ("eager", "")
+    assert reference("nemotron3_5_asr", "static")[0] == "sdpa"
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_where_eager_gives_nan_sdpa_is_the_reference(wrong: bool) -> None:
+    """Rows without a key are NaN in some models' eager attention; the other rows must still be compared."""
+    subject: Any = SimpleNamespace(
+        model_type="llama", settings=Settings(), state={}, model=lambda name, dtype=torch.float32: name
+    )
+
+    def observe(model: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        values = {"eager": [math.nan, 1.0], "sdpa": [0.0, 1.0], "flash_plus": [0.0, 2.0 if wrong else 1.0]}
+        return {"x": torch.tensor(values[model])}
+
+    if wrong:
+        with pytest.MonkeyPatch.context() as patch:  # no fp64 models behind these names to arbitrate
+            patch.setattr(judging, "_explain", lambda *args: Cell(DIFFERENT, args[3]))
+            cell = judging.judge(subject, "forward", observe)
+        assert cell == Cell(DIFFERENT, 1.0)
+    else:
+        cell = judging.judge(subject, "forward", observe)
+        assert cell.outcome == EXACT and cell.note.startswith("against sdpa: eager gives NaN")
 
 
 def test_error() -> None:

@@ -40,6 +40,13 @@ ADDITIVE_MASK_MODELS: dict[str, str] = {
     "deepseek_v4": "appends the bias of its compressed keys to the mask",
 }
 
+#: Encoders (``config.model_type``) in which nothing but attention mixes tokens: what their padding computes reaches no
+#: real token, so attention leaves those rows out.
+TOKENWISE_ENCODERS = frozenset(
+    "albert bert camembert data2vec-text distilbert electra ernie layoutlm megatron-bert mobilebert modernbert rembert "
+    "roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
+)
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -77,6 +84,13 @@ def dense_mask_kind(config: Any) -> str | None:
         if any(_is_of_family(config, name) for name in families):
             return kind
     return None
+
+
+def skips_padded_rows(config: Any) -> bool:
+    """Whether the queries of padding need no attention. Not beside cross-attention, where keys are others' tokens."""
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        return False
+    return getattr(config, "model_type", None) in TOKENWISE_ENCODERS
 
 
 def _is_of_family(config: Any, family: str) -> bool:

@@ -304,8 +304,10 @@ def flash_plus_mask(
     padding = torch.stack((first, last), dim=-1)[:, None, :]
     intervals = intersect_intervals(intervals, padding)
     if aligned and q_length == kv_length and skips_padded_rows(config):
+        # Only rows after the last real token: a first token that is padding may still be what a model pools by.
         starts, ends = intervals.unbind(-1)
-        intervals = torch.stack((starts, torch.where(key_mask, ends, starts)), dim=-1)
+        rows = torch.arange(q_length, device=device)
+        intervals = torch.stack((starts, torch.where(rows < last[:, None], ends, starts)), dim=-1)
     mask = AttentionMask(row_intervals=intervals, key_mask=key_mask, key_holes=holes)
     return carrier.encode(intervals, key_mask, holes, carrier.Carried(mask))
 

@@ -41,7 +41,7 @@ ADDITIVE_MASK_MODELS: dict[str, str] = {
 }
 
 #: Encoders (``config.model_type``) in which nothing but attention mixes tokens: what their padding computes reaches no
-#: real token, so attention leaves those rows out.
+#: real token, so attention leaves the rows after the last real token out.
 TOKENWISE_ENCODERS = frozenset(
     "albert bert camembert data2vec-text distilbert electra ernie layoutlm megatron-bert mobilebert modernbert rembert "
     "roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
@@ -87,7 +87,7 @@ def dense_mask_kind(config: Any) -> str | None:
 
 
 def skips_padded_rows(config: Any) -> bool:
-    """Whether the queries of padding need no attention. Not beside cross-attention, where keys are others' tokens."""
+    """Whether the queries of padding on the right need no attention. Not beside cross-attention, where keys are others' tokens."""
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         return False
     return getattr(config, "model_type", None) in TOKENWISE_ENCODERS

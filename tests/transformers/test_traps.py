@@ -368,8 +368,11 @@ def test_positions_tell_documents_apart_where_no_mask_comes() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right", "inner"])
-def test_encoders_leave_padded_rows_out(side: str) -> None:
-    """BERT: attention gives 0 at padding, and every real token and gradient is what eager gives."""
+def test_encoders_leave_padding_on_the_right_out(side: str) -> None:
+    """BERT: attention gives 0 after the last real token; every token up to it and every gradient is what eager gives.
+
+    Padding before that is computed, too: a model that pools by its first token gets eager's number, padding or not.
+    """
     lengths = {"left": [0, 3], "right": [8, 5], "inner": [2, 4]}[side]
     mask = torch.ones(2, 8, dtype=torch.long)
     for row, length in zip(mask, lengths):
@@ -380,6 +383,7 @@ def test_encoders_leave_padded_rows_out(side: str) -> None:
         else:
             row[length : length + 2] = 0
     ids = torch.randint(1, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    kept = torch.ones_like(mask).bool() if side != "right" else mask.bool()
     found: dict[str, list[torch.Tensor]] = {}
     attended: list[torch.Tensor] = []
     for name in ("eager", "flash_plus"):
@@ -391,12 +395,12 @@ def test_encoders_leave_padded_rows_out(side: str) -> None:
         if name == "flash_plus":
             attention = model.encoder.layer[0].attention.self
             attention.register_forward_hook(lambda module, args, output: attended.append(output[0]))
-        hidden = model(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        hidden = model(ids, attention_mask=mask).last_hidden_state[kept]
         (hidden * torch.linspace(-1, 1, 32)).sum().backward()
         found[name] = [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     for ours, theirs in zip(found["flash_plus"], found["eager"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert not attended[0][mask == 0].any() and attended[0][mask == 1].all()
+    assert not attended[0][~kept].any() and attended[0][kept].all()
 
 
 def test_a_decoder_computes_its_cross_attention_at_every_row() -> None:

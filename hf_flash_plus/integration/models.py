@@ -87,7 +87,7 @@ def dense_mask_kind(config: Any) -> str | None:
 
 
 def skips_padded_rows(config: Any) -> bool:
-    """Whether the queries of padding on the right need no attention. Not beside cross-attention, where keys are others' tokens."""
+    """Whether the queries of padding on the right need no attention. Never beside cross-attention to other tokens."""
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         return False
     return getattr(config, "model_type", None) in TOKENWISE_ENCODERS

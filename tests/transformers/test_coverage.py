@@ -7,6 +7,7 @@ The subset (``coverage_ci.txt``) takes about two minutes of each of two cores. T
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,15 +62,22 @@ def test_record_has_no_difference() -> None:
     record = _record()
     assert record.header["checks"] == list(CHECKS)
     assert record.header["dtype"] == "float32"
-    assert not [row.model_type for row in record.rows if row.outcome() == DIFFERENT]
-    assert summarize(record.rows).run >= 480
     assert set(_subset()) <= {row.model_type for row in record.rows if row.runs}
 
 
 def test_page_is_the_record() -> None:
     """COVERAGE.md is regenerated whenever coverage.json is."""
     page = (HERE.parents[1] / "COVERAGE.md").read_text()
-    assert page == render(_record())
+    others = {path.name: Record.load(path) for path in sorted(HERE.glob("coverage-*.json"))}
+    assert page == render(_record(), others)
+
+
+@pytest.mark.parametrize("path", sorted(HERE.glob("coverage*.json")), ids=lambda path: path.stem)
+def test_no_record_has_a_difference(path: Path) -> None:
+    record = Record.load(path)
+    assert record.header["checks"] == list(CHECKS)
+    assert not [row.model_type for row in record.rows if row.outcome() == DIFFERENT]
+    assert summarize(record.rows).run >= 480
 
 
 def test_a_crash_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +99,102 @@ def test_a_crash_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes = {row.model_type: row.outcome() for row in rows}
     assert outcomes == {"a": EXACT, "crashes": DIFFERENT, "hangs": DIFFERENT, "b": EXACT}
     assert "code 3" in rows[1].cells["forward"].note and "3 seconds" in rows[2].cells["forward"].note
+
+
+def test_a_stop_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, and a budget that is used up."""
+    from hf_flash_plus.coverage import pool
+
+    def run(model_type: str, checks: list[str], settings: Settings) -> Row:
+        time.sleep(60 if model_type == "slow" else 0)
+        return Row(model_type, runs=True)
+
+    def interrupt(row: Row, seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool, "run_row", run)
+    begin = time.monotonic()
+    rows = pool.run_all(["a", "slow", "b"], ["forward"], Settings(), processes=1, budget=2)
+    assert [row.model_type for row in rows] == ["a"]
+    rows = pool.run_all(["a", "slow"], ["forward"], Settings(), processes=2, report=interrupt)
+    assert [row.model_type for row in rows] == ["a"]
+    assert time.monotonic() - begin < 30
+
+
+def test_a_broken_device_costs_no_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose device faults is replaced: its next row would fail, too."""
+    from hf_flash_plus.coverage import pool
+
+    state = {"broken": False}
+
+    def run(model_type: str, checks: list[str], settings: Settings) -> Row:
+        outcome = DIFFERENT if state["broken"] else EXACT
+        state["broken"] = state["broken"] or model_type == "faults"
+        return Row(model_type, runs=True, cells={"forward": Cell(outcome)})
+
+    monkeypatch.setattr(pool, "run_row", run)
+    monkeypatch.setattr(pool, "_usable", lambda device: not state["broken"])
+    rows = pool.run_all(["a", "faults", "b"], ["forward"], Settings(), processes=1)
+    assert [row.outcome() for row in rows] == [EXACT] * 3
+
+
+@pytest.mark.slow
+def test_processes_start_without_a_fork_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: in low precision, each process from a server that has the libraries and no CUDA state."""
+    from hf_flash_plus.coverage import pool
+
+    settings = Settings(dtype=torch.bfloat16)
+    context = pool._context("cuda")
+    assert context.get_start_method() == "forkserver"
+    monkeypatch.setattr(pool, "_context", lambda device: context)
+    rows = pool.run_all(["llama", "bert"], ["forward", "left"], settings, processes=2)
+    assert [row.outcome() for row in rows] == [EXACT, EXACT] and all(row.calls for row in rows)
+
+
+def test_low_precision_measures_the_reference_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One draw of rounding errors may be a lucky one: neighbouring weights say what low precision costs a model."""
+    settings = Settings(dtype=torch.bfloat16)
+    subject: Any = SimpleNamespace(
+        model_type="llama", settings=settings, state={}, model=lambda name, dtype: name, forget=lambda *args: None
+    )
+    expected = {"x": torch.ones(4)}
+    actual = {"x": torch.full((4,), 1.1)}
+
+    def verdict(neighbours: list[float]) -> str:
+        monkeypatch.setattr(judging, "_low_precision_errors", lambda *args: neighbours)
+        return judging._low_precision(subject, lambda *args: expected, expected, actual, None, "eager").outcome
+
+    assert verdict([0.06, 0.01]) == EXACT
+    assert verdict([0.04, 0.01]) == DIFFERENT
+
+
+def test_resume_runs_what_is_missing(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from hf_flash_plus.cli import app
+
+    output = tmp_path / "r.json"
+    options = ["coverage", "--checks", "forward", "--processes", "1", "--output", str(output)]
+    first = CliRunner().invoke(app, [*options, "--models", "llama,bloom", "--limit", "1"])
+    assert first.exit_code == 0 and list(Record.load(output).by_type()) == ["bloom"]
+    second = CliRunner().invoke(app, [*options, "--models", "llama,bloom", "--resume"])
+    assert second.exit_code == 0 and "1/1 llama: exact" in second.output
+    assert sorted(Record.load(output).by_type()) == ["bloom", "llama"]
+    other = CliRunner().invoke(app, [*options, "--models", "llama", "--resume", "--dtype", "bf16"])
+    assert other.exit_code == 2 and "differ in dtype" in other.output
+
+
+def test_page_mentions_other_records() -> None:
+    header = make_header(Settings(), list(CHECKS))
+    base = Record(header, [Row("a", "vision", "A", True, calls=1, cells={"forward": Cell(EXACT), "left": Cell(EXACT)})])
+    other = Record(
+        {**header, "device": "cuda (H)"},
+        [Row("a", "vision", "A", True, calls=1, cells={"forward": Cell(REFUSED, note="n|o"), "patch": Cell(EXACT)})],
+    )
+    page = render(base, {"coverage-x.json": other})
+    assert "[`coverage-x.json`](tests/transformers/coverage-x.json)" in page and "cuda (H)" in page
+    assert "- `a`: forward refused (n\\|o)" in page
+    assert "Other versions" not in render(base)
 
 
 def test_a_wrong_mask_shows(monkeypatch: pytest.MonkeyPatch) -> None:

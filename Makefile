@@ -8,7 +8,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest gpu-test lint format types pytest-cpu pytest-interpreter pytest-distributed clean
+# What curves and engines hand on to their scripts.
+ARGS ?=
+
+.PHONY: help demo test test-lowest gpu-test curves engines lint format types pytest-cpu pytest-interpreter pytest-distributed clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -54,7 +57,7 @@ demo: $(VENV)/.demo ## train a small LLaMA and a small BERT on the CPU, then gen
 
 # --- for developers ---
 
-CHECKS := lint types pytest-cpu pytest-interpreter
+CHECKS := lint types pytest-cpu pytest-interpreter pytest-distributed
 
 test: $(VENV)/.dev ## every check that needs no GPU: lint, types, tests, kernels in Triton's interpreter
 	@failed=""; \
@@ -62,7 +65,7 @@ test: $(VENV)/.dev ## every check that needs no GPU: lint, types, tests, kernels
 	  echo "== $$check"; $(MAKE) --no-print-directory $$check || failed="$$failed $$check"; \
 	done; \
 	echo "== summary"; \
-	for log in pytest-cpu pytest-interpreter; do \
+	for log in pytest-cpu pytest-interpreter pytest-distributed; do \
 	  echo "$$log: $$(tail -n 1 $(VENV)/$$log.log)"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi; \
@@ -87,9 +90,10 @@ pytest-cpu: $(VENV)/.dev ## the tests that need neither a GPU nor Triton's inter
 	  tests/unit tests/transformers tests/examples tests/kernels/aot \
 	  | tee $(VENV)/$@.log
 
-# On their own and not in `make test`: with every core busy, gloo has once hung and once aborted while it shut down.
+# On their own: each starts two to four processes.
 pytest-distributed: $(VENV)/.dev ## the examples with several processes on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed tests/examples
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed tests/examples \
+	  | tee $(VENV)/$@.log
 
 pytest-interpreter: $(VENV)/.dev ## the kernels in Triton's interpreter
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/interpreter \
@@ -97,6 +101,12 @@ pytest-interpreter: $(VENV)/.dev ## the kernels in Triton's interpreter
 
 test-lowest: $(VENV_LOWEST)/.dev ## unit and Transformers tests against the oldest versions supported
 	OMP_NUM_THREADS=1 $(VENV_LOWEST)/bin/python -m pytest -n $(WORKERS) tests/unit tests/transformers
+
+curves: ## one GPU: loss curves of flash_plus, sdpa and eager over three seeds, into examples/benchmark
+	PYTHONPATH=. python examples/compare_curves.py $(ARGS)
+
+engines: ## two GPUs: DDP, FSDP2 and TP against one GPU, into examples/benchmark
+	PYTHONPATH=. python examples/compare_engines.py $(ARGS)
 
 gpu-test: ## the GPU tests, with the current python (no environment is created)
 	python -m pytest tests/gpu -m gpu

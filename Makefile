@@ -8,10 +8,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-# What curves and engines hand on to their scripts.
-ARGS ?=
-
-.PHONY: help demo test test-lowest gpu-test curves engines lint format types pytest-cpu pytest-interpreter pytest-distributed clean
+.PHONY: help demo test test-lowest gpu-test curves engines lint format types clean
+.PHONY: pytest-cpu pytest-interpreter pytest-distributed
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -19,6 +17,8 @@ VENV_LOWEST ?= .venv-lowest
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 WORKERS ?= 2
+# What curves and engines hand on to their scripts.
+ARGS ?=
 
 # Waiting threads sleep instead of spinning: on two busy cores training is several times faster so.
 export OMP_WAIT_POLICY ?= PASSIVE

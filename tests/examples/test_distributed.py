@@ -57,6 +57,13 @@ def test_sharded_model_trains_like_a_whole_one(engine, processes, tmp_path):
     assert abs(losses[-1] - losses[0]) > 0.02
 
 
+@pytest.mark.slow
+def test_ulysses_computes_packed_rows_as_one_process_does():
+    """DeepSpeed hands attention no mask there: only position_ids tell the documents of a row apart."""
+    pytest.importorskip("deepspeed")
+    launch(*TORCHRUN, "--nproc_per_node", "2", str(Path(__file__).with_name("ulysses_worker.py")))
+
+
 def test_fsdp_is_refused_where_accelerate_would_run_ddp(tmp_path, monkeypatch):
     sys.path.insert(0, str(ROOT / "examples"))
     import common

@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest gpu-test curves engines lint format types clean
+.PHONY: help demo test test-lowest gpu-test coverage-page curves engines lint format types clean
 .PHONY: pytest-cpu pytest-interpreter pytest-distributed
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -107,6 +107,12 @@ curves: ## one GPU: loss curves of flash_plus, sdpa and eager over three seeds, 
 
 engines: ## two GPUs: DDP, FSDP2 and TP against one GPU, into examples/benchmark
 	PYTHONPATH=. python examples/compare_engines.py $(ARGS)
+
+RECORDS := tests/transformers/coverage
+
+coverage-page: ## COVERAGE.md from the records in tests/transformers (hf-flash-plus coverage makes those)
+	PYTHONPATH=. python -m hf_flash_plus coverage --from-json $(RECORDS).json \
+	  $(addprefix --beside ,$(sort $(wildcard $(RECORDS)-*.json))) --report COVERAGE.md
 
 gpu-test: ## the GPU tests, with the current python (no environment is created)
 	python -m pytest tests/gpu -m gpu

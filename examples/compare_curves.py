@@ -1,6 +1,6 @@
 """Whether flash_plus trains as the other attention implementations do: loss curves over several seeds.
 
-    python examples/compare_curves.py                                  # one GPU, bf16, 12 trainings at a time
+    python examples/compare_curves.py                                  # one GPU, bf16, 6 trainings at a time
     python examples/compare_curves.py --models llama --seeds 0,1 --parallel 2 --steps 20 --hidden_size 64 ...
 
 Trains a LLaMA of 125 million parameters and a BERT-base (configs/train/) from scratch with every implementation, every
@@ -71,8 +71,11 @@ def _smooth(losses: list[float]) -> np.ndarray:
 
 def draw(path: Path, cases: dict[str, dict]) -> None:
     """One panel a case: the mean over the seeds, and the band between the lowest and the highest."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}: matplotlib is not installed (pip install matplotlib); --draw makes it later")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -130,11 +133,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dropouts", type=names, default=["0", "0.1"])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--mixed_precision", default="bf16")
-    parser.add_argument("--parallel", type=int, default=12, help="trainings at a time (about 6 GB of GPU memory each)")
+    parser.add_argument("--parallel", type=int, default=6, help="trainings at a time (about 6 GB of GPU memory each)")
     parser.add_argument("--budget", type=float, default=1800, help="seconds after which what still runs is stopped")
     parser.add_argument("--output_dir", type=Path, default=Path("examples/benchmark"))
     parser.add_argument("--work", type=Path, default=Path("outputs/curves"), help="folder of the single trainings")
+    parser.add_argument("--draw", action="store_true", help="train nothing: draw the curves.json of an earlier run")
     args, extra = parser.parse_known_args(argv)
+    if args.draw:
+        draw(args.output_dir / "curves.png", json.loads((args.output_dir / "curves.json").read_text())["cases"])
+        return 0
     if OURS not in args.implementations or len(args.implementations) < 2:
         parser.error(f"--implementations needs {OURS} and another one")
     jobs = make_jobs(args, extra)

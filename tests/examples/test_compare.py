@@ -72,6 +72,9 @@ def test_curves_from_end_to_end(tmp_path, capsys):
     assert "stays within the spread" in capsys.readouterr().out
     assert compare_curves.main(options) == 0
     assert capsys.readouterr().out.count("has run before") == 2
+    (tmp_path / "record/curves.png").unlink()
+    assert compare_curves.main(["--draw", "--output_dir", str(tmp_path / "record")]) == 0
+    assert (tmp_path / "record/curves.png").exists()
 
 
 def test_jobs_that_fail_or_last_too_long_are_missing(tmp_path, capsys):

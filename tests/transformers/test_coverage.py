@@ -1,7 +1,8 @@
 """The coverage sweep on a representative subset, against its record; and unit tests of comparing and reporting.
 
-The subset (``coverage_ci.txt``) takes about two minutes of each of two cores. The full sweep is one command:
-``hf-flash-plus coverage --output tests/transformers/coverage.json --report COVERAGE.md``.
+The subset (``coverage_ci.txt``) takes about two minutes of each of two cores. The full sweep is one command,
+``hf-flash-plus coverage --output tests/transformers/coverage.json``; records of other versions and devices lie beside
+it, and ``make coverage-page`` writes all of them into COVERAGE.md.
 """
 
 from __future__ import annotations
@@ -47,12 +48,18 @@ def _record() -> Record:
 @pytest.mark.slow
 def test_subset_loses_nothing() -> None:
     """No model type of the subset differs from eager, stops running, or is exact in fewer checks than recorded."""
-    record = _record()
     known = model_types()
     rows = run_all([name for name in _subset() if name in known], list(CHECKS), Settings(), processes=2)
-    if record.header["versions"]["transformers"] != transformers.__version__:
-        # Another version may not have a class or a check; what runs must still not differ.
-        record.rows = []
+    # A version without a record may not have a class or a check; what runs must still not differ.
+    record = next(
+        (
+            record
+            for record in map(Record.load, sorted(HERE.glob("coverage*.json")))
+            if record.header["versions"]["transformers"] == transformers.__version__
+            and record.header["device"] == "cpu"
+        ),
+        Record({}, []),
+    )
     found = losses(record, rows)
     assert not found, "\n".join(found)
     assert sum(row.runs for row in rows) >= 0.95 * len(rows)
@@ -77,7 +84,7 @@ def test_no_record_has_a_difference(path: Path) -> None:
     record = Record.load(path)
     assert record.header["checks"] == list(CHECKS)
     assert not [row.model_type for row in record.rows if row.outcome() == DIFFERENT]
-    assert summarize(record.rows).run >= 480
+    assert summarize(record.rows).run >= 480 or record.header["device"] != "cpu"
 
 
 def test_a_crash_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:

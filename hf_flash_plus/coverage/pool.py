@@ -39,7 +39,9 @@ def _serve(pipe: Connection, checks: Sequence[str], settings: Settings) -> None:
 
     if settings.device.startswith("cuda"):
         total = torch.cuda.get_device_properties(settings.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, settings.memory_gib * 2**30 / total), settings.device)
+        fraction = min(1.0, settings.memory_gib * 2**30 / total)
+        # It wants a number where "cuda" has none; None is the current device.
+        torch.cuda.set_per_process_memory_fraction(fraction, torch.device(settings.device).index)
     constants.HF_HUB_OFFLINE = True  # nothing is downloaded: every configuration is made up
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False

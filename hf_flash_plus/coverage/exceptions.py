@@ -18,6 +18,7 @@ SDPA_IS_REFERENCE: dict[tuple[str, str], str] = {
 #: The same for versions of Transformers before this one.
 FIXED_IN = "5.23"
 SDPA_WAS_REFERENCE: dict[tuple[str, str], str] = {
+    ("kosmos-2", "*"): "all but its image encoder keeps sdpa, which takes the image projection for causal",
     ("kyutai_speech_to_text", "*"): _NOT_CAUSAL,
     ("moshi", "forward"): _NOT_CAUSAL,
     ("moshi", "packed"): _NOT_CAUSAL,

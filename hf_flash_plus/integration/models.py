@@ -64,7 +64,6 @@ UNSUPPORTED_MODELS: dict[str, Refusal] = {
     "diffusion_gemma": Refusal("its decoder passes no mask beside a sliding_window, and means full attention"),
     "kosmos-2": Refusal(f"its image projection {_FULL}", before="5.23"),
     "kosmos_2_text_model": Refusal(f"its image projection {_FULL}", before="5.23"),
-    "kosmos_2_vision_model": Refusal(f"its image encoder {_FULL}", before="5.23"),
     "pixtral": Refusal("it drops its mask between images for every name that holds 'flash'", before="5.23"),
 }
 

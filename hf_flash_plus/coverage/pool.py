@@ -6,6 +6,7 @@ import gc
 import math
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ def _serve(pipe: Connection, checks: Sequence[str], settings: Settings) -> None:
     from huggingface_hub import constants
     from transformers.utils import logging
 
+    for stop in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group: the parent alone decides what ends
+        signal.signal(stop, signal.SIG_IGN)
     if settings.device.startswith("cuda"):
         total = torch.cuda.get_device_properties(settings.device).total_memory
         fraction = min(1.0, settings.memory_gib * 2**30 / total)

@@ -8,7 +8,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest gpu-test lint format types pytest-cpu pytest-interpreter pytest-distributed gpu-fuzz gpu-soak clean
+.PHONY: help demo test test-lowest gpu-test gpu-fuzz gpu-soak coverage-page curves engines lint format types clean
+.PHONY: pytest-cpu pytest-interpreter pytest-distributed
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -16,6 +17,8 @@ VENV_LOWEST ?= .venv-lowest
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 WORKERS ?= 2
+# What curves and engines hand on to their scripts.
+ARGS ?=
 
 # Waiting threads sleep instead of spinning: on two busy cores training is several times faster so.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -54,7 +57,7 @@ demo: $(VENV)/.demo ## train a small LLaMA and a small BERT on the CPU, then gen
 
 # --- for developers ---
 
-CHECKS := lint types pytest-cpu pytest-interpreter
+CHECKS := lint types pytest-cpu pytest-interpreter pytest-distributed
 
 test: $(VENV)/.dev ## every check that needs no GPU: lint, types, tests, kernels in Triton's interpreter
 	@failed=""; \
@@ -62,7 +65,7 @@ test: $(VENV)/.dev ## every check that needs no GPU: lint, types, tests, kernels
 	  echo "== $$check"; $(MAKE) --no-print-directory $$check || failed="$$failed $$check"; \
 	done; \
 	echo "== summary"; \
-	for log in pytest-cpu pytest-interpreter; do \
+	for log in pytest-cpu pytest-interpreter pytest-distributed; do \
 	  echo "$$log: $$(tail -n 1 $(VENV)/$$log.log)"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi; \
@@ -87,9 +90,10 @@ pytest-cpu: $(VENV)/.dev ## the tests that need neither a GPU nor Triton's inter
 	  tests/unit tests/fuzz tests/transformers tests/examples tests/kernels/aot \
 	  | tee $(VENV)/$@.log
 
-# On their own and not in `make test`: with every core busy, gloo has once hung and once aborted while it shut down.
+# On their own: each starts two to four processes.
 pytest-distributed: $(VENV)/.dev ## the examples with several processes on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed tests/examples
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed tests/examples \
+	  | tee $(VENV)/$@.log
 
 pytest-interpreter: $(VENV)/.dev ## the kernels in Triton's interpreter
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/interpreter \
@@ -97,6 +101,18 @@ pytest-interpreter: $(VENV)/.dev ## the kernels in Triton's interpreter
 
 test-lowest: $(VENV_LOWEST)/.dev ## unit and Transformers tests against the oldest versions supported
 	OMP_NUM_THREADS=1 $(VENV_LOWEST)/bin/python -m pytest -n $(WORKERS) tests/unit tests/transformers
+
+curves: ## one GPU: loss curves of flash_plus, sdpa and eager over three seeds, into examples/benchmark
+	PYTHONPATH=. python examples/compare_curves.py $(ARGS)
+
+engines: ## two GPUs: DDP, FSDP2 and TP against one GPU, into examples/benchmark
+	PYTHONPATH=. python examples/compare_engines.py $(ARGS)
+
+RECORDS := tests/transformers/coverage
+
+coverage-page: ## COVERAGE.md from the records in tests/transformers (hf-flash-plus coverage makes those)
+	PYTHONPATH=. python -m hf_flash_plus coverage --from-json $(RECORDS).json \
+	  $(addprefix --beside ,$(sort $(wildcard $(RECORDS)-*.json))) --report COVERAGE.md
 
 gpu-test: ## the GPU tests, with the current python (no environment is created)
 	python -m pytest tests/gpu -m gpu

@@ -14,7 +14,7 @@ import random
 from collections import Counter, defaultdict
 
 import torch
-from _common import (
+from common import (
     DataArguments,
     Document,
     TrainArguments,

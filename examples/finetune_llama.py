@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from _common import (
+from common import (
     DataArguments,
     Document,
     TrainArguments,
@@ -47,6 +47,7 @@ class LlamaArguments:
     num_layers: int = dataclasses.field(default=4, metadata={"help": "layers"})
     num_heads: int = dataclasses.field(default=8, metadata={"help": "attention heads"})
     num_kv_heads: int = dataclasses.field(default=4, metadata={"help": "heads of keys and values"})
+    dropout: float = dataclasses.field(default=0.0, metadata={"help": "of attention weights"})
     seq_length: int = dataclasses.field(default=512, metadata={"help": "tokens per row, and per document"})
     packing: Literal["packed", "padding_free", "padded"] = dataclasses.field(
         default="packed", metadata={"help": "what a batch is (see above)"}
@@ -153,6 +154,7 @@ def make_model(accelerator, args: TrainArguments, sizes: LlamaArguments, tokeniz
             num_hidden_layers=sizes.num_layers,
             num_attention_heads=sizes.num_heads,
             num_key_value_heads=sizes.num_kv_heads,
+            attention_dropout=sizes.dropout,
             max_position_embeddings=sizes.seq_length,
             tie_word_embeddings=True,
             initializer_range=sizes.hidden_size**-0.5,  # the default, 0.02, is for models many times wider

@@ -122,7 +122,7 @@ class BenchConfig:
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         budget_s: seconds of measuring per case and direction, shared by the peers.
         rounds, rest_s: the peers take turns this often, with rests between (the chip throttles).
-        model, works, repeats, warmup: of ``e2e``: a LlamaConfig's fields; what to do with the model; how often.
+        model, works, repeats, warmup: of ``e2e``: its type and its configuration's fields; what to do; how often.
         raw: the file as read, for the result.
     """
 

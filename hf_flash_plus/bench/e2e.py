@@ -1,4 +1,4 @@
-"""The ``e2e`` benchmark: training steps and generation of a random LLaMA under several attention implementations."""
+"""The ``e2e`` benchmark: training steps and generation of a random model under several attention implementations."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from .kernels import Progress, Row, _short
 from .problem import TORCH_DTYPES
 
 LAYOUTS = ("plain", "padded", "packed")
+#: Configuration and class of the models, by the ``type`` of a benchmark's ``model``; the first where there is none.
+MODELS = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "bert": ("BertConfig", "BertForSequenceClassification")}
 
 
 class Peer(NamedTuple):
@@ -37,6 +39,8 @@ def run_e2e(
     """
     for work in config.works:
         work_name(work)  # checks all before the first minute is spent
+        if _type(config) == "bert" and (work["kind"] != "train" or work.get("layout") == "packed"):
+            raise ConfigError(f"work {work!r}: bert neither generates nor takes packed rows.")
     rows: list[Row] = []
     peers = []
     for entry in config.peers:
@@ -82,16 +86,25 @@ def _provider(name: str | None) -> Iterator[None]:
         yield
 
 
+def _type(config: BenchConfig) -> str:
+    found = (config.model or {}).get("type", next(iter(MODELS)))
+    if found not in MODELS:
+        raise ConfigError(f"model: type {found!r} is none of {', '.join(MODELS)}.")
+    return str(found)
+
+
 def _build(config: BenchConfig, implementation: str, preimport: str | None, device: torch.device) -> Any:
     import transformers
 
     if preimport:
         importlib.import_module(preimport)
     torch.manual_seed(0)
-    llama = transformers.LlamaConfig(**(config.model or {}))
-    llama._attn_implementation = implementation
+    config_name, class_name = MODELS[_type(config)]
+    settings = {key: value for key, value in (config.model or {}).items() if key != "type"}
+    settings = getattr(transformers, config_name)(**settings)
+    settings._attn_implementation = implementation
     with torch.device(device):
-        return transformers.LlamaForCausalLM(llama).to(TORCH_DTYPES[config.dtype])
+        return getattr(transformers, class_name)(settings).to(TORCH_DTYPES[config.dtype])
 
 
 def _row(work: dict[str, Any], name: str, status: str, reason: str = "") -> Row:
@@ -221,10 +234,15 @@ def _train(model: Any, work: dict[str, Any], device: torch.device) -> tuple[Call
         documents = work.get("documents", 8)
         positions = torch.arange(seqlen // documents, device=device).repeat(batch, documents)
 
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if model.config.model_type == "bert":
+        inputs["labels"] = torch.zeros(batch, dtype=torch.long, device=device)
+    else:
+        inputs |= {"labels": labels, "position_ids": positions, "use_cache": False}
+
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        output = model(input_ids=ids, labels=labels, attention_mask=mask, position_ids=positions, use_cache=False)
-        output.loss.backward()
+        model(**inputs).loss.backward()
 
     return step, tokens
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -12,7 +12,11 @@ from .console import make_console
 
 if TYPE_CHECKING:
     from ..coverage.record import Record
+    from ..coverage.subject import Settings
     from ..coverage.worker import Row
+
+#: Rows after which a running sweep writes what it has.
+SAVE_EVERY = 20
 
 
 class SweepDtype(str, Enum):
@@ -28,6 +32,9 @@ def coverage(
     checks: Annotated[str, typer.Option(help="Checks, separated by commas [default: all].")] = "",
     subset: Annotated[Path | None, typer.Option(help="A file of model types, one a line; or 'ci'.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Subprocesses, with one thread each.")] = 2,
+    limit: Annotated[int, typer.Option(min=0, help="Only the first of them; 0: all.")] = 0,
+    budget: Annotated[float, typer.Option(help="Seconds after which the rest is left out; 0: none.")] = 0.0,
+    memory: Annotated[float, typer.Option(help="GiB of GPU memory that a process may take.")] = 4.0,
     timeout: Annotated[float, typer.Option(help="Seconds after which a model type is given up.")] = 240.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[
@@ -36,28 +43,31 @@ def coverage(
     output: Annotated[Path | None, typer.Option(help="Write the results there as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the results there as a Markdown page.")] = None,
     update: Annotated[bool, typer.Option("--update", help="Keep the other rows that --output already has.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on: run only what --output does not have.")] = False,
+    beside: Annotated[list[Path] | None, typer.Option(help="Other results that --report mentions.")] = None,
     from_json: Annotated[Path | None, typer.Option(help="Run nothing: take the results of an earlier run.")] = None,
     against: Annotated[Path | None, typer.Option(help="Fail where an earlier run's results are better.")] = None,
 ) -> None:
     """Compare flash_plus with eager on every model type. Exit code 1: something differs, or is lost."""
     from ..coverage.record import Record, losses, summarize
 
-    record = Record.load(from_json) if from_json is not None else _sweep(
-        models, checks, subset, processes, timeout, device, dtype.value
-    )  # fmt: skip
+    if from_json is not None:
+        record = Record.load(from_json)
+    else:
+        plan = _plan(models, checks, subset, limit, device, dtype.value, memory)
+        known = Record.load(output) if (update or resume) and output is not None and output.exists() else None
+        try:
+            record = _sweep(plan, processes, timeout, budget, output, known, resume)
+        except ValueError as problem:
+            typer.echo(f"error: {problem}", err=True)
+            raise typer.Exit(2) from None
     if output is not None:
-        if update and output.exists():
-            try:
-                record = Record.load(output).updated(record)
-            except ValueError as problem:
-                typer.echo(f"error: {problem}", err=True)
-                raise typer.Exit(2) from None
         record.save(output)
     if report is not None:
         from ..coverage.report import render
 
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(render(record))
+        report.write_text(render(record, {path.name: Record.load(path) for path in beside or []}))
     summary = summarize(record.rows)
     console = make_console()
     console.print(
@@ -72,15 +82,19 @@ def coverage(
         raise typer.Exit(1)
 
 
-def _sweep(
-    models: str, checks: str, subset: Path | None, processes: int, timeout: float, device: str, dtype: str
-) -> Record:
+class Plan(NamedTuple):
+    """What to run: model types, checks, and where."""
+
+    models: list[str]
+    checks: list[str]
+    settings: Settings
+
+
+def _plan(models: str, checks: str, subset: Path | None, limit: int, device: str, dtype: str, memory: float) -> Plan:
     import torch
 
     from ..coverage.cells import CHECKS
     from ..coverage.find import model_types
-    from ..coverage.pool import run_all
-    from ..coverage.record import Record, make_header
     from ..coverage.subject import Settings
 
     wanted = _names(models) or (_subset(subset) if subset is not None else [])
@@ -92,19 +106,54 @@ def _sweep(
         typer.echo(f"error: unknown {', '.join(bad_checks or unknown)}; checks are {', '.join(CHECKS)}.", err=True)
         raise typer.Exit(2)
     chosen = [name for name in known if name in wanted] if wanted else known
-    settings = Settings(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    return Plan(chosen[: limit or None], chosen_checks, Settings(device, kind, memory_gib=memory))
+
+
+def _sweep(
+    plan: Plan,
+    processes: int,
+    timeout: float,
+    budget: float,
+    output: Path | None,
+    known: Record | None,
+    resume: bool,
+) -> Record:
+    """Run a plan; what is done goes to ``output`` every now and then, so that a stop loses little."""
+    import math
+    import signal
+
+    from ..coverage.pool import run_all
+    from ..coverage.record import Record, make_header
+
+    header = make_header(plan.settings, plan.checks)
+    done: list[Row] = []
+
+    def record() -> Record:
+        new = Record(header, done)
+        return new if known is None else known.updated(new)
+
+    record()  # refuses results of other versions or settings before the first minute is spent
+    todo = [name for name in plan.models if not resume or known is None or name not in known.by_type()]
     _quiet()
     console = make_console()
-    done = 0
 
     def show(row: Row, seconds: float) -> None:
-        nonlocal done
-        done += 1
-        console.print(f"{done}/{len(chosen)} {_describe(row)} ({seconds:.1f} s)", markup=False, highlight=False)
+        done.append(row)
+        if output is not None and len(done) % SAVE_EVERY == 0:
+            record().save(output)
+        console.print(f"{len(done)}/{len(todo)} {_describe(row)} ({seconds:.1f} s)", markup=False, highlight=False)
         console.file.flush()
 
-    rows = run_all(chosen, chosen_checks, settings, processes, timeout, show)
-    return Record(make_header(settings, chosen_checks), rows)
+    # A time limit's signal stops the sweep as Ctrl-C does: with what is done.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    rows = run_all(todo, plan.checks, plan.settings, processes, timeout, show, budget or math.inf)
+    if len(rows) < len(todo):
+        console.print(
+            f"{len(todo) - len(rows)} of {len(todo)} model types are not done; --resume goes on", markup=False
+        )
+    done = rows
+    return record()
 
 
 def _names(text: str) -> list[str]:

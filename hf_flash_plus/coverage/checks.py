@@ -12,6 +12,7 @@ from torch import Tensor
 from . import multimodal
 from .cells import DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
 from .compare import Outputs, collect, differentiable, error, identical, real_positions, unchanged
+from .exceptions import reference
 from .find import brief
 from .inputs import BINS, find, padding, parameters_of, random_ids
 from .judge import judge
@@ -292,12 +293,14 @@ def patch(subject: Subject, kind: str) -> Cell | None:
     dtype = subject.settings.dtype
     inputs = subject.cast(subject.inputs, dtype)
     loaded = collect(run(subject.model(NAME, dtype), inputs))
-    model = copy.deepcopy(subject.model("eager", dtype))
+    # Parts that keep their own attention are then the same in both ways of switching.
+    implementation, _ = reference(subject.model_type, "patch")
+    model = copy.deepcopy(subject.model(implementation, dtype))
     if dtype is not torch.float32:
-        subject.forget("eager", dtype)
+        subject.forget(implementation, dtype)
     before = collect(run(model, inputs))
     if not identical(before, collect(run(model, inputs))):
-        return Cell(NOT_RUNNABLE, note="eager differs from itself from run to run")
+        return Cell(NOT_RUNNABLE, note=f"{implementation} differs from itself from run to run")
     try:
         patch_model(model)
     except ValueError as problem:

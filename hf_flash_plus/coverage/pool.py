@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,13 @@ def _serve(pipe: Connection, checks: Sequence[str], settings: Settings) -> None:
     from huggingface_hub import constants
     from transformers.utils import logging
 
+    for stop in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group: the parent alone decides what ends
+        signal.signal(stop, signal.SIG_IGN)
+    if settings.device.startswith("cuda"):
+        total = torch.cuda.get_device_properties(settings.device).total_memory
+        fraction = min(1.0, settings.memory_gib * 2**30 / total)
+        # It wants a number where "cuda" has none; None is the current device.
+        torch.cuda.set_per_process_memory_fraction(fraction, torch.device(settings.device).index)
     constants.HF_HUB_OFFLINE = True  # nothing is downloaded: every configuration is made up
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
@@ -47,8 +56,22 @@ def _serve(pipe: Connection, checks: Sequence[str], settings: Settings) -> None:
         model_type = pipe.recv()
         if model_type is None:
             return
-        pipe.send(run_row(model_type, checks, settings))
+        row = run_row(model_type, checks, settings)
         gc.collect()
+        pipe.send((row, _usable(settings.device)))
+
+
+def _usable(device: str) -> bool:
+    """Whether the device still works: after a fault on it, everything else that this process does there would fail."""
+    import torch
+
+    if device.startswith("cuda"):
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return False
+    return True
 
 
 def run_all(
@@ -58,27 +81,46 @@ def run_all(
     processes: int = 2,
     timeout: float = 240.0,
     report: Callable[[Row, float], None] | None = None,
+    budget: float = math.inf,
 ) -> list[Row]:
-    """All rows, in the order of ``model_types``.
+    """All rows, in the order of ``model_types``; after an interrupt (Ctrl-C) those that are done.
 
     Args:
         timeout: seconds after which a row is given up.
         report: called with each row and its seconds as they come.
+        budget: seconds after which what is not done is left out.
     """
     rows: dict[str, Row] = {}
-    for row, seconds in _rows(model_types, checks, settings, processes, timeout):
-        rows[row.model_type] = row
-        if report is not None:
-            report(row, seconds)
+    try:
+        for row, seconds in _rows(model_types, checks, settings, processes, timeout, time.monotonic() + budget):
+            rows[row.model_type] = row
+            if report is not None:
+                report(row, seconds)
+    except KeyboardInterrupt:
+        pass
     return [rows[name] for name in model_types if name in rows]
 
 
+def _context(device: str) -> Any:
+    """How processes start: with the libraries imported, which takes longer than a row, but without CUDA's state."""
+    if not hasattr(os, "fork"):
+        return multiprocessing.get_context("spawn")
+    if device == "cpu":
+        return multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_flash_plus.coverage.pool", "hf_flash_plus.integration.registration"])
+    return context
+
+
 def _rows(
-    model_types: Sequence[str], checks: Sequence[str], settings: Settings, processes: int, timeout: float
+    model_types: Sequence[str],
+    checks: Sequence[str],
+    settings: Settings,
+    processes: int,
+    timeout: float,
+    end: float,
 ) -> Iterator[tuple[Row, float]]:
-    # A forked process has the libraries imported already; but CUDA does not survive a fork.
-    forks = hasattr(os, "fork") and settings.device == "cpu"
-    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
+    context = _context(settings.device)
 
     def start() -> _Worker:
         here, there = context.Pipe()
@@ -90,7 +132,7 @@ def _rows(
     waiting = list(reversed(model_types))
     workers = [start() for _ in range(max(1, min(processes, len(waiting))))]
     try:
-        while waiting or any(worker.model_type for worker in workers):
+        while time.monotonic() < end and (waiting or any(worker.model_type for worker in workers)):
             for index, worker in enumerate(workers):
                 if worker.model_type is None and waiting:
                     if worker.done >= ROWS_PER_PROCESS:
@@ -106,8 +148,8 @@ def _rows(
                 seconds = time.monotonic() - worker.since
                 if worker.pipe in ready:
                     try:
-                        row = worker.pipe.recv()
-                        worker.model_type, worker.done = None, worker.done + 1
+                        row, usable = worker.pipe.recv()
+                        worker.model_type, worker.done = None, worker.done + 1 if usable else ROWS_PER_PROCESS
                         yield row, seconds
                         continue
                     except (EOFError, OSError):

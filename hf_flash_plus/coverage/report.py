@@ -19,13 +19,14 @@ KINDS = {
 }
 
 
-def render(record: Record) -> str:
-    """The whole page."""
+def render(record: Record, others: dict[str, Record] | None = None) -> str:
+    """The whole page of a record, with a section on others (by the names of their files)."""
     notes = Notes()
     groups = [_group(kind, title, record, notes) for kind, title in KINDS.items()]
     parts = [
         _head(record),
         _summary(record, summarize(record.rows)),
+        _others(record, others or {}),
         _LEGEND,
         *[group for group in groups if group],
         notes.render(),
@@ -121,6 +122,52 @@ def _summary(record: Record, summary: Summary) -> str:
         if name in record.header["checks"]:
             lines.append(f"| {name} | " + " | ".join(str(counts[word]) for word in SYMBOLS) + " |")
     return "\n".join(lines)
+
+
+def _others(record: Record, others: dict[str, Record]) -> str:
+    """Other versions, devices and precisions: their counts, and where their cells have other outcomes."""
+    if not others:
+        return ""
+    lines = [
+        "## Other versions, devices and precisions",
+        "",
+        "The same sweep elsewhere. A cell is counted as other than above only where both records have it.",
+        "",
+        "| data | Transformers | torch | device | dtype | date | types | run | switch | exact | partly refused "
+        "| refused | never call | differ | cells other than above |",
+        "|---|---|---|---|---|---|" + "--:|" * 9,
+    ]
+    for name, other in others.items():
+        header, counts = other.header, summarize(other.rows)
+        versions = header["versions"]
+        numbers = (counts.total, counts.run, counts.switched, counts.exact, counts.partly, counts.refused, counts.idle)
+        lines.append(
+            f"| [`{name}`](tests/transformers/{name}) | {versions['transformers']} | {versions['torch']} | "
+            f"{header['device']} | {header['dtype']} | {header['date']} | "
+            + " | ".join(map(str, numbers))
+            + f" | **{counts.different}** | {len(_changes(record, other))} |"
+        )
+    for name, other in others.items():
+        changes = _changes(record, other)
+        if changes:
+            lines += ["", f"<details><summary>{name}: cells other than above</summary>", "", *changes, "", "</details>"]
+    return "\n".join(lines)
+
+
+def _changes(record: Record, other: Record) -> list[str]:
+    """Where a cell that both records have has another outcome, one line a model type."""
+    known = record.by_type()
+    lines = []
+    for row in other.rows:
+        base = known.get(row.model_type)
+        cells = [
+            f"{name} {cell.outcome}" + (f" ({_escape(cell.note)})" if cell.note else "")
+            for name, cell in row.cells.items()
+            if base is not None and name in base.cells and base.cells[name].outcome != cell.outcome
+        ]
+        if cells:
+            lines.append(f"- `{row.model_type}`: {'; '.join(cells)}")
+    return lines
 
 
 _LEGEND = "\n".join(

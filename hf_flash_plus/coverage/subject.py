@@ -16,11 +16,12 @@ NAME = "flash_plus"
 
 @dataclass
 class Settings:
-    """Where and in which precision the sweep runs."""
+    """Where and in which precision the sweep runs, and how much GPU memory a process may take."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     tolerance: float = 2e-5
+    memory_gib: float = 4.0
 
 
 @dataclass

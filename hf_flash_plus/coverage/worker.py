@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from .. import dispatch
 from . import multimodal
 from .cells import CHECKS, DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
 from .checks import FUNCTIONS, generates
@@ -24,6 +26,7 @@ class Row:
         runs: whether it runs in eager mode at all; ``reason`` says why not.
         how: which tiny configuration ran.
         calls: how many attention calls ``flash_plus`` served in all checks.
+        providers: on accelerators, which providers served them.
         keeps: per class that keeps its own attention the reason.
         cells: per check its outcome; checks that do not apply are absent.
     """
@@ -36,6 +39,7 @@ class Row:
     how: str = ""
     enlarged: bool = True
     calls: int = 0
+    providers: list[str] = field(default_factory=list)
     keeps: dict[str, str] = field(default_factory=dict)
     cells: dict[str, Cell] = field(default_factory=dict)
 
@@ -59,6 +63,8 @@ class Row:
         data |= {"class": self.cls, "config": self.how, "calls": self.calls}
         if not self.enlarged:
             data["weights"] = "fresh"
+        if self.providers:
+            data["providers"] = self.providers
         if self.keeps:
             data["keeps"] = self.keeps
         data["cells"] = {name: cell.as_json() for name, cell in self.cells.items()}
@@ -76,6 +82,7 @@ class Row:
             how=data.get("config", ""),
             enlarged=data.get("weights") != "fresh",
             calls=data.get("calls", 0),
+            providers=data.get("providers", []),
             keeps=data.get("keeps", {}),
             cells={name: Cell.from_json(value) for name, value in data.get("cells", {}).items()},
         )
@@ -121,6 +128,7 @@ def _counted() -> Iterator[list[int]]:
 def run_row(model_type: str, checks: Sequence[str], settings: Settings) -> Row:
     """Find a way to run a model type and do the checks on it."""
     row = Row(model_type)
+    dispatch.clear_cache()
     subject = find_subject(model_type, settings)
     if isinstance(subject, str):
         row.reason = subject
@@ -129,10 +137,10 @@ def run_row(model_type: str, checks: Sequence[str], settings: Settings) -> Row:
     eager = subject.model("eager")
     if multimodal.takes_images_or_audio(eager):
         try:
-            subject.images = multimodal.build(eager.to("cpu"), model_type)
+            # On a copy: some models remember positions from one forward to the next.
+            subject.images = multimodal.build(copy.deepcopy(eager).to("cpu"), model_type)
         except Exception as problem:
             subject.images_error = f"no rule makes its images: {brief(problem)}"
-        eager.to(settings.device)
     row.kind = kind_of(subject)
     try:
         row.keeps = _kept(subject.model(NAME, settings.dtype))
@@ -151,6 +159,8 @@ def run_row(model_type: str, checks: Sequence[str], settings: Settings) -> Row:
             if cell is not None:
                 row.cells[name] = cell
     row.calls = count[0]
+    if settings.device != "cpu":
+        row.providers = dispatch.providers_used()
     if row.refused:
         note = "; ".join(f"{cls} keeps its own attention: {reason}" for cls, reason in row.keeps.items())
         note = note if len(row.keeps) == 1 else "every part keeps its own attention (see keeps)"

@@ -103,6 +103,8 @@ def flash_plus_attention(
         mask = _flags(bool(causal), sliding_window)
         if kwargs.get("cu_seq_lens_q") is not None:
             mask = _packed(mask, query, key, kwargs)
+        elif causal:
+            mask = _by_positions(mask, query, key, kwargs.get("position_ids"))
     else:
         mask = _understand(attention_mask, module, query, key, is_causal, sliding_window, kwargs)
     if position_bias is not None:
@@ -217,6 +219,24 @@ def _split_documents(carried: carrier.Carried, query: Tensor, key: Tensor, kwarg
         return replace(mask, row_intervals=intersect_intervals(mask.row_intervals, documents))
     repacked = _repacked(carried, position_ids)
     return mask if repacked is None else repacked
+
+
+def _by_positions(mask: AttentionMask, query: Tensor, key: Tensor, position_ids: Any) -> AttentionMask:
+    """A causal mask that came as flags alone, with the documents that ``position_ids`` tell apart.
+
+    Models always bring a mask. What drops it are engines that gather sequences between the model and attention
+    (DeepSpeed's Ulysses), with ``position_ids`` as their only word on documents; they bring new ones to each layer, so
+    that looking whether there is more than one document would wait for the device each time.
+    """
+    seqlen = query.shape[2]
+    if not isinstance(position_ids, Tensor) or seqlen == 1 or seqlen != key.shape[2]:
+        return mask
+    if position_ids.dim() != 2 or position_ids.shape[1] != seqlen or position_ids.shape[0] not in (1, query.shape[0]):
+        return mask
+    mask = with_intervals(mask, seqlen, seqlen, query.device)
+    assert mask.row_intervals is not None
+    documents = document_intervals(position_ids).to(query.device)
+    return replace(mask, row_intervals=intersect_intervals(mask.row_intervals, documents))
 
 
 def _repacked(carried: carrier.Carried, position_ids: Tensor) -> AttentionMask | None:

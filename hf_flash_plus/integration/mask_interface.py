@@ -20,7 +20,7 @@ from transformers import masking_utils
 from ..masks import CAUSAL, FULL, TO_LAST_KEY, AttentionMask, intersect_intervals, key_mask_intervals, run_bounds
 from ..providers import PROVIDERS
 from . import carrier
-from .models import dense_mask_kind
+from .models import dense_mask_kind, skips_padded_rows
 
 #: Device types on which the mask of a single row stays dense.
 DENSE_ONE_ROW = frozenset({"cpu"})
@@ -331,6 +331,11 @@ def flash_plus_mask(
     first, last, holes = key_mask_intervals(key_mask)
     padding = torch.stack((first, last), dim=-1)[:, None, :]
     intervals = intersect_intervals(intervals, padding)
+    if aligned and q_length == kv_length and skips_padded_rows(config):
+        # Only rows after the last real token: a first token that is padding may still be what a model pools by.
+        starts, ends = intervals.unbind(-1)
+        rows = torch.arange(q_length, device=device)
+        intervals = torch.stack((starts, torch.where(rows < last[:, None], ends, starts)), dim=-1)
     mask = AttentionMask(row_intervals=intervals, key_mask=key_mask, key_holes=holes)
     return carrier.encode(intervals, key_mask, holes, carrier.Carried(mask))
 

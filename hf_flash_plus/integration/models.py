@@ -8,8 +8,12 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
+
+import transformers
+from packaging import version
 
 #: Families (``config.model_type``, also as a prefix) whose model code reads the mask itself: they get a dense one.
 DENSE_MASK_MODELS: dict[str, str] = {
@@ -36,10 +40,31 @@ ADDITIVE_MASK_MODELS: dict[str, str] = {
     "deepseek_v4": "appends the bias of its compressed keys to the mask",
 }
 
-#: Families (as above) that would be computed wrongly, and why: they keep their own attention.
-UNSUPPORTED_MODELS: dict[str, str] = {
-    "bridgetower": "its image stream passes no mask to layers whose is_causal flag is set, and means full attention",
-    "diffusion_gemma": "its decoder passes no mask beside a sliding_window, and means full attention",
+#: Encoders (``config.model_type``) in which nothing but attention mixes tokens: what their padding computes reaches no
+#: real token, so attention leaves the rows after the last real token out.
+TOKENWISE_ENCODERS = frozenset(
+    "albert bert camembert data2vec-text distilbert electra ernie layoutlm megatron-bert mobilebert modernbert rembert "
+    "roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
+)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a family keeps its own attention; ``before``: the version of Transformers from which on it need not."""
+
+    reason: str
+    before: str | None = None
+
+
+_FULL = "passes no mask to layers whose is_causal flag is set, and means full attention"
+
+#: Families (as above) that would be computed wrongly: they keep their own attention.
+UNSUPPORTED_MODELS: dict[str, Refusal] = {
+    "bridgetower": Refusal(f"its image stream {_FULL}"),
+    "diffusion_gemma": Refusal("its decoder passes no mask beside a sliding_window, and means full attention"),
+    "kosmos-2": Refusal(f"its image projection {_FULL}", before="5.23"),
+    "kosmos_2_text_model": Refusal(f"its image projection {_FULL}", before="5.23"),
+    "pixtral": Refusal("it drops its mask between images for every name that holds 'flash'", before="5.23"),
 }
 
 #: Modeling modules that choose their attention class from a dictionary when a layer is built, and call
@@ -58,6 +83,13 @@ def dense_mask_kind(config: Any) -> str | None:
         if any(_is_of_family(config, name) for name in families):
             return kind
     return None
+
+
+def skips_padded_rows(config: Any) -> bool:
+    """Whether the queries of padding on the right need no attention. Never beside cross-attention to other tokens."""
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        return False
+    return getattr(config, "model_type", None) in TOKENWISE_ENCODERS
 
 
 def _is_of_family(config: Any, family: str) -> bool:
@@ -101,7 +133,8 @@ def unsupported_reason(model: Any) -> str | None:
     module_name = type(model).__module__
     if class_dict_family(module_name) == "falcon" and getattr(model.config, "alibi", False):
         return "Falcon with ALiBi adds its bias to a dense mask that its flash attention class never sees"
-    for name, reason in UNSUPPORTED_MODELS.items():
-        if _is_of_family(model.config, name):
-            return reason
+    for name, refusal in UNSUPPORTED_MODELS.items():
+        fixed = refusal.before is not None and version.parse(transformers.__version__) >= version.parse(refusal.before)
+        if not fixed and _is_of_family(model.config, name):
+            return refusal.reason
     return _module_reason(module_name)

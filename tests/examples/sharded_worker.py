@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 sharded_worker.py <engine> <saved model> <output.json>
 
 Engines: fsdp2 (torch's ``fully_shard``, which Accelerate's FSDP2 calls), tp and fsdp2_tp (Transformers' own, with the
-arguments that ``_common.tensor_parallel`` gives). Accelerate itself has neither for CPU processes. The sharded data
+arguments that ``common.tensor_parallel`` gives). Accelerate itself has neither for CPU processes. The sharded data
 parallel processes each take their part of the batch; every engine must give the losses of one process.
 """
 
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-import _common
+import common
 
 import hf_flash_plus  # noqa: F401 (registers flash_plus)
 
@@ -39,15 +39,15 @@ def train(engine: str, path: str) -> list[float]:
     world = dist.get_world_size() if dist.is_initialized() else 1
     shards = {"one": 1, "tp": 1, "fsdp2": world, "fsdp2_tp": world // 2}[engine]
     sizes = SimpleNamespace(tp_enabled=engine.endswith("tp"), tp_size=world // shards, dp_shard_size=shards)
-    accelerator = SimpleNamespace(  # what the functions of _common use of one
+    accelerator = SimpleNamespace(  # what the functions of common use of one
         parallelism_config=sizes, clip_grad_norm_=torch.nn.utils.clip_grad_norm_, unscale_gradients=lambda: None
     )
-    parallel = _common.tensor_parallel(accelerator)
+    parallel = common.tensor_parallel(accelerator)
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="flash_plus", **parallel)
     if engine == "fsdp2":
         for layer in [*model.model.layers, model]:
             fully_shard(layer, mesh=init_device_mesh("cpu", (world,)))
-    optimizer = _common.make_optimizer(model, _common.TrainArguments(learning_rate=0.2))
+    optimizer = common.make_optimizer(model, common.TrainArguments(learning_rate=0.2))
     for group in optimizer.param_groups:
         group["eps"] = 0.1  # so that the size of the gradients matters, and with it how they are clipped
     part = (dist.get_rank() if world > 1 else 0) // (world // shards)
@@ -56,7 +56,7 @@ def train(engine: str, path: str) -> list[float]:
         batch = {k: v.chunk(shards)[part] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         loss = model(**batch).loss
         loss.backward()
-        _common.clip_gradients(accelerator, model, 0.5)
+        common.clip_gradients(accelerator, model, 0.5)
         optimizer.step()
         optimizer.zero_grad()
         mean = loss.detach().clone()

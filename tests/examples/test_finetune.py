@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,10 +13,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).parent))
 
-import _common
+import common
 import finetune_bert
 import finetune_llama
+from launching import TORCHRUN, launch
 
 import hf_flash_plus
 
@@ -129,8 +130,8 @@ def test_llama_equals_eager_without_packing(packing, tmp_path):
 
 
 def test_batches_of_the_modes_that_do_not_pack():
-    documents = [_common.Document("ab" * n, "") for n in (2, 20)]
-    tokenizer = _common.make_tokenizer(_common.TrainArguments(vocab_size=261), [d.text for d in documents])
+    documents = [common.Document("ab" * n, "") for n in (2, 20)]
+    tokenizer = common.make_tokenizer(common.TrainArguments(vocab_size=261), [d.text for d in documents])
     rows = finetune_llama.cut(documents, tokenizer, seq_length=32)
     assert [len(row["input_ids"]) for row in rows] == [6, 32, 11]
     padded = finetune_llama.collate_padded(rows, tokenizer.pad_token_id)
@@ -141,8 +142,8 @@ def test_batches_of_the_modes_that_do_not_pack():
     assert free["input_ids"].shape == (1, 49)
     assert free["cu_seq_lens_q"].tolist() == [0, 6, 38, 49]
     pairs = 6 * 7 // 2 + 32 * 33 // 2 + 11 * 12 // 2
-    assert _common.attended_pairs(free, causal=True) == _common.attended_pairs(padded, causal=True) == pairs
-    assert _common.attended_pairs(padded, causal=False) == 6**2 + 32**2 + 11**2
+    assert common.attended_pairs(free, causal=True) == common.attended_pairs(padded, causal=True) == pairs
+    assert common.attended_pairs(padded, causal=False) == 6**2 + 32**2 + 11**2
 
 
 def test_compare_trains_with_both_and_plots_both(tmp_path, capsys):
@@ -165,7 +166,7 @@ def test_compare_trains_with_both_and_plots_both(tmp_path, capsys):
 
 def test_plot_without_matplotlib_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    _common.plot_losses(tmp_path / "loss.png", {"flash_plus": [1.0]})
+    common.plot_losses(tmp_path / "loss.png", {"flash_plus": [1.0]})
     assert not list(tmp_path.iterdir())
     assert "no loss.png: matplotlib is not installed (pip install matplotlib)" in capsys.readouterr().out
 
@@ -215,15 +216,15 @@ def test_flops_count_all_projections_and_half_of_causal_attention():
         num_key_value_heads=2,
     )
     model = AutoModelForCausalLM.from_config(config)
-    per_token, per_pair = _common.training_flops(model)
+    per_token, per_pair = common.training_flops(model)
     layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64
     assert per_token == 6 * (2 * layer + 32 * 100)
     assert per_pair == 2 * 12 * 32
     batch = {"position_ids": torch.arange(64)[None], "input_ids": torch.zeros(1, 64)}
-    assert _common.attended_pairs(batch, causal=True) == 64 * 65 // 2
+    assert common.attended_pairs(batch, causal=True) == 64 * 65 // 2
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    assert _common.training_flops(adapted)[0] == 4 * (2 * layer + 32 * 100) + 6 * 2 * (32 + 32)
+    assert common.training_flops(adapted)[0] == 4 * (2 * layer + 32 * 100) + 6 * 2 * (32 + 32)
 
 
 def test_mfu_needs_a_known_peak(tmp_path):
@@ -250,14 +251,16 @@ def test_resume_goes_on_where_it_stopped(tmp_path):
     assert rest["losses"] == pytest.approx(whole["losses"][4:], rel=1e-5)
 
 
-def test_accumulation_bf16_checkpointing_and_tracker(tmp_path):
-    pytest.importorskip("tensorboard")
-    options = "--gradient_accumulation_steps 2 --mixed_precision bf16 --gradient_checkpointing --report_to tensorboard"
-    result = run(finetune_llama, [*TINY_LLAMA, *options.split()], tmp_path, steps=10)
+@pytest.mark.parametrize("tracker, files", [("tensorboard", "events.out.tfevents*"), ("trackio", "*.db")])
+def test_accumulation_bf16_checkpointing_and_tracker(tracker, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip(tracker)
+    options = "--gradient_accumulation_steps 2 --mixed_precision bf16 --gradient_checkpointing --report_to"
+    result = run(finetune_llama, [*TINY_LLAMA, *options.split(), tracker], tmp_path, steps=10)
     assert result["mixed_precision"] == "bf16"
     assert len(result["losses"]) == 10
     assert result["loss_end"] < result["loss_start"]
-    assert list(tmp_path.rglob("events.out.tfevents*"))
+    assert list(tmp_path.rglob(files))
 
 
 def test_llama_from_a_saved_model_with_lora_and_a_train_file(tmp_path):
@@ -340,9 +343,9 @@ def test_accuracy_and_f1_of_known_predictions():
 def test_yaml_file_gives_defaults_and_unknown_names_are_errors(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text("max_steps: 7\nlearning_rate: 3e-4\n")
-    data, args, _ = _common.parse_arguments(
-        _common.DataArguments,
-        _common.TrainArguments,
+    data, args, _ = common.parse_arguments(
+        common.DataArguments,
+        common.TrainArguments,
         finetune_llama.LlamaArguments,
         argv=[str(path), "--batch_size", "3", "--max_steps", "9"],
     )
@@ -350,7 +353,7 @@ def test_yaml_file_gives_defaults_and_unknown_names_are_errors(tmp_path, capsys)
     assert data.train_file is None
     path.write_text("max_stepz: 7\n")
     with pytest.raises(SystemExit):
-        _common.parse_arguments(_common.TrainArguments, argv=[str(path)])
+        common.parse_arguments(common.TrainArguments, argv=[str(path)])
     assert "max_stepz" in capsys.readouterr().err
 
 
@@ -358,14 +361,14 @@ def test_yaml_file_gives_defaults_and_unknown_names_are_errors(tmp_path, capsys)
 def test_demo_configurations_name_existing_arguments(script, name):
     sizes = script.LlamaArguments if name == "llama" else script.BertArguments
     path = ROOT / "configs" / "train" / f"{name}_demo.yaml"
-    _, args, _ = _common.parse_arguments(_common.DataArguments, _common.TrainArguments, sizes, argv=[str(path)])
+    _, args, _ = common.parse_arguments(common.DataArguments, common.TrainArguments, sizes, argv=[str(path)])
     assert args.output_dir == f"outputs/{name}_demo"
 
 
 def test_pack_fills_rows_and_keeps_documents_apart():
-    documents = [_common.Document("abcdefghij" * n, "") for n in (1, 7, 2, 4)]
-    args = _common.TrainArguments(vocab_size=261)
-    tokenizer = _common.make_tokenizer(args, [d.text for d in documents])
+    documents = [common.Document("abcdefghij" * n, "") for n in (1, 7, 2, 4)]
+    args = common.TrainArguments(vocab_size=261)
+    tokenizer = common.make_tokenizer(args, [d.text for d in documents])
     rows = finetune_llama.pack(documents, tokenizer, seq_length=32)
     assert rows
     text = ""
@@ -386,12 +389,12 @@ def test_pack_fills_rows_and_keeps_documents_apart():
 
 
 def test_hold_out_takes_whole_documents_of_every_label():
-    documents = [_common.Document(f"{label}{i}", label) for label in "ab" for i in range(10)]
-    train, held_out = _common.hold_out(documents, 0.2)
+    documents = [common.Document(f"{label}{i}", label) for label in "ab" for i in range(10)]
+    train, held_out = common.hold_out(documents, 0.2)
     assert not set(train) & set(held_out)
     assert sorted(train + held_out) == sorted(documents)
     assert sorted(d.label for d in held_out) == ["a", "a", "b", "b"]
-    (head,), (tail,) = _common.hold_out([_common.Document("0123456789", "")], 0.2)
+    (head,), (tail,) = common.hold_out([common.Document("0123456789", "")], 0.2)
     assert (head.text, tail.text) == ("01234567", "89")
 
 
@@ -421,19 +424,11 @@ def test_bits_per_byte_of_a_uniform_model():
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Under `torchrun` with two processes: gradients and metrics are those of both."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += [str(ROOT / "examples/finetune_bert.py"), *TINY_BERT]
-    command += ["--max_steps", "4", "--output_dir", str(tmp_path)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = str(ROOT / "examples/finetune_bert.py")
+    options = ["--max_steps", "4", "--output_dir", str(tmp_path)]
+    printed = launch(*TORCHRUN, "--nproc_per_node", "2", script, *TINY_BERT, *options)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["processes"] == 2
     assert len(result["losses"]) == 4
     assert len(result["labels"]) == 3
-    assert done.stdout.count("accuracy     ") == 1
+    assert printed.count("accuracy     ") == 1

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as tf
 from torch import nn
+
+from hf_flash_plus.integration.attention import flash_plus_attention
 
 from .tiny import _DECODER, VOCAB, _llama4, _text, assert_close, build, build_from, ids, padding
 
@@ -345,3 +349,78 @@ def test_autocast() -> None:
         got = model(input_ids=ids()).logits
     expected = logits(build("llama"), input_ids=ids())
     assert (got.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_positions_tell_documents_apart_where_no_mask_comes() -> None:
+    """Ulysses drops the mask between the model and attention, and hands on the positions of the whole sequence."""
+    module = SimpleNamespace(is_causal=True)
+    q, k, v = (torch.randn(2, 4, 12, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    positions = torch.tensor([[*range(5), *range(7)]])
+    out, _ = flash_plus_attention(module, q, k, v, None, position_ids=positions)
+    parts = [
+        flash_plus_attention(module, *(x[:, :, part] for x in (q, k, v)), None)[0] for part in (slice(5), slice(5, 12))
+    ]
+    torch.testing.assert_close(out, torch.cat(parts, dim=1))
+    whole, _ = flash_plus_attention(module, q, k, v, None, position_ids=torch.arange(12)[None])
+    torch.testing.assert_close(whole, flash_plus_attention(module, q, k, v, None)[0])
+    full, _ = flash_plus_attention(SimpleNamespace(is_causal=False), q, k, v, None, position_ids=positions)
+    assert not torch.allclose(full, out)  # image encoders have positions, too, and mean full attention
+
+
+@pytest.mark.parametrize("side", ["left", "right", "inner"])
+def test_encoders_leave_padding_on_the_right_out(side: str) -> None:
+    """BERT: attention gives 0 after the last real token; every token up to it and every gradient is what eager gives.
+
+    Padding before that is computed, too: a model that pools by its first token gets eager's number, padding or not.
+    """
+    lengths = {"left": [0, 3], "right": [8, 5], "inner": [2, 4]}[side]
+    mask = torch.ones(2, 8, dtype=torch.long)
+    for row, length in zip(mask, lengths):
+        if side == "left":
+            row[:length] = 0
+        elif side == "right":
+            row[length:] = 0
+        else:
+            row[length : length + 2] = 0
+    ids = torch.randint(1, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    kept = torch.ones_like(mask).bool() if side != "right" else mask.bool()
+    found: dict[str, list[torch.Tensor]] = {}
+    attended: list[torch.Tensor] = []
+    for name in ("eager", "flash_plus"):
+        torch.manual_seed(0)
+        config = tf.BertConfig(
+            vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        )
+        model = tf.AutoModel.from_config(config, attn_implementation=name).eval()
+        if name == "flash_plus":
+            attention = model.encoder.layer[0].attention.self
+            attention.register_forward_hook(lambda module, args, output: attended.append(output[0]))
+        hidden = model(ids, attention_mask=mask).last_hidden_state[kept]
+        (hidden * torch.linspace(-1, 1, 32)).sum().backward()
+        found[name] = [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    for ours, theirs in zip(found["flash_plus"], found["eager"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not attended[0][~kept].any() and attended[0][kept].all()
+
+
+def test_a_decoder_computes_its_cross_attention_at_every_row() -> None:
+    """The padding of what a decoder attends to says nothing about its own rows, however long they are."""
+    config = tf.BertConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    ids, encoded = torch.arange(1, 9)[None], torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
+    padding = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
+    outputs = []
+    for name in ("eager", "flash_plus"):
+        torch.manual_seed(0)
+        model = tf.AutoModel.from_config(config, attn_implementation=name).eval()
+        with torch.no_grad():
+            output = model(ids, encoder_hidden_states=encoded, encoder_attention_mask=padding)
+        outputs.append(output.last_hidden_state)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)

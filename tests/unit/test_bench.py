@@ -379,6 +379,20 @@ def test_e2e_run(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "tiny.json").read_text())["rows"] == found["rows"]
 
 
+def test_e2e_run_of_an_encoder(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = {**E2E, "peers": ["sdpa", "flash_plus"], "model": {"type": "bert", "vocab_size": 64, **sizes}}
+    works = [{"kind": "train", "layout": layout, "batch": 2, "seqlen": 16} for layout in ("plain", "padded")]
+    found = run(configuration.parse({**settings, "works": works}), CPU, tmp_path, ignore)
+    assert [(row["peer"], row["status"], row["tokens"]) for row in found["rows"]] == [
+        (peer, "ok", tokens) for peer in ("sdpa", "flash_plus") for tokens in (32, 20)
+    ]
+    for change in ({"works": E2E["works"]}, {"model": {"type": "rnn"}, "works": works}):
+        with pytest.raises(ConfigError, match=r"bert neither|type 'rnn'"):
+            run(configuration.parse({**settings, **change}), CPU, tmp_path, ignore)
+
+
 @pytest.mark.parametrize(
     "work",
     [{"kind": "sleep", "batch": 1, "seqlen": 8}, {"kind": "train", "batch": 1}, {"kind": "train", "size": 3}],

@@ -1,0 +1,128 @@
+"""The scripts that compare trainings: their verdicts on known curves, and both end to end with tiny models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import compare_curves
+import compare_engines
+from common.jobs import Job, run_jobs
+
+TINY = (
+    "--hidden_size 48 --intermediate_size 32 --num_layers 1 --vocab_size 300 --seq_length 32 --batch_size 2 "
+    "--max_documents 8 --max_eval_rows 2"
+).split()
+
+
+def curves(**offsets: float) -> dict[str, dict[str, list[float]]]:
+    """Three falling seeds; each implementation an offset and its own small noise."""
+    steps = np.arange(100)
+    return {
+        name: {
+            str(seed): (
+                4 - steps / 50 + 0.1 * seed + offset + 0.01 * np.sin(steps / 7 + 3 * index + seed)
+            ).tolist()
+            for seed in range(3)
+        }
+        for index, (name, offset) in enumerate(offsets.items())
+    }  # fmt: skip
+
+
+def test_a_curve_among_the_others_is_within_their_spread():
+    verdict = compare_curves.judge(curves(flash_plus=0, sdpa=0, eager=0))
+    assert verdict["within"] and verdict["inside"] == 1
+    assert 0 < verdict["nearest"] <= verdict["others_apart"]
+
+
+@pytest.mark.parametrize("offset", [0.06, -0.06])
+def test_a_curve_beside_the_others_is_not(offset):
+    """Less than the seeds differ by: step by step and seed by seed it shows all the same."""
+    verdict = compare_curves.judge(curves(flash_plus=offset, sdpa=0, eager=0))
+    assert not verdict["within"]
+    assert verdict["end"]["flash_plus"] - verdict["end"]["sdpa"] == pytest.approx(offset, abs=0.02)
+
+
+def test_one_seed_that_diverges_is_not_within():
+    lines = curves(flash_plus=0, sdpa=0, eager=0)
+    lines["flash_plus"]["2"][60:] = [loss + 1 for loss in lines["flash_plus"]["2"][60:]]
+    assert not compare_curves.judge(lines)["within"]
+
+
+@pytest.mark.slow
+def test_curves_from_end_to_end(tmp_path, capsys):
+    options = ["--models", "llama", "--seeds", "0,1", "--dropouts", "0", "--steps", "5", "--mixed_precision", "no"]
+    options += ["--parallel", "2", "--output_dir", str(tmp_path / "record"), "--work", str(tmp_path / "work"), *TINY]
+    assert compare_curves.main(options) == 0
+    record = json.loads((tmp_path / "record/curves.json").read_text())
+    case = record["cases"]["llama, dropout 0"]
+    assert case["verdict"]["within"] and case["providers"] == {"flash_plus": ["torch_sdpa"], "sdpa": [], "eager": []}
+    assert set(case["curves"]) == {"flash_plus", "sdpa", "eager"}
+    assert all(sorted(seeds) == ["0", "1"] for seeds in case["curves"].values())
+    first, second = case["curves"]["flash_plus"].values()
+    assert len(first) == 5 and first != second
+    assert (tmp_path / "record/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "stays within the spread" in capsys.readouterr().out
+    assert compare_curves.main(options) == 0
+    assert capsys.readouterr().out.count("has run before") == 2
+    (tmp_path / "record/curves.png").unlink()
+    assert compare_curves.main(["--draw", "--output_dir", str(tmp_path / "record")]) == 0
+    assert (tmp_path / "record/curves.png").exists()
+
+
+def test_jobs_that_fail_or_last_too_long_are_missing(tmp_path, capsys):
+    write = "import pathlib, sys; pathlib.Path(sys.argv[1], 'result.json').write_text('{\"a\": 1}')"
+    scripts = {"good": write, "bad": "raise SystemExit(3)", "slow": "import time; time.sleep(60)"}
+    jobs = [Job(name, ("-c", text, str(tmp_path / name)), tmp_path / name) for name, text in scripts.items()]
+    assert run_jobs(jobs, parallel=3, budget=5) == {"good": {"a": 1}}
+    printed = capsys.readouterr().out
+    assert "bad: failed (3)" in printed and "slow: failed (stopped: no time is left)" in printed
+    changed = Job("good", ("-c", "raise SystemExit(4)", str(tmp_path / "good")), tmp_path / "good")
+    assert run_jobs([changed], parallel=1, budget=5) == {}  # another command: what is saved is not its result
+
+
+def test_engines_share_the_rows_of_a_step():
+    parts = {name: compare_engines.data_parallel(name) for name in ("single_gpu", "ddp", "fsdp2", "tp", "fsdp2_tp")}
+    assert parts == {"single_gpu": 1, "ddp": 2, "fsdp2": 2, "tp": 1, "fsdp2_tp": 2}
+
+
+def test_engines_are_measured_by_noise():
+    def run(*losses: float) -> dict:
+        return {"losses": list(losses), **dict.fromkeys(compare_engines.KEYS)}
+
+    reference = {"runs": {"flash_plus": run(4.0, 3.0)}, "largest_loss_gap": 0.05}
+    found = compare_engines.judge({"one": reference, "near": run(4.0, 3.14), "far": run(4.2, 3.0)}, "one")
+    assert found["tolerance"] == pytest.approx(0.15)
+    assert {name: engine["same"] for name, engine in found["engines"].items()} == {
+        "one": True,
+        "near": True,
+        "far": False,
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_ddp_on_two_processes_trains_like_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"document {i}: " + "abc def " * 40}) + "\n" for i in range(40)))
+    options = ["--engines", "cpu,cpu_ddp", "--steps", "4", "--batch_size", "4", "--train_file", str(corpus)]
+    options += ["--hidden_size", "48", "--intermediate_size", "32", "--num_layers", "1", "--vocab_size", "300"]
+    options += ["--seq_length", "64", "--max_eval_rows", "6", "--learning_rate", "1e-2", "--warmup_steps", "2"]
+    options += ["--mixed_precision", "no", "--output_dir", str(tmp_path), "--work", str(tmp_path / "work")]
+    code = compare_engines.main(options)
+    logs = "\n".join(path.read_text()[-3000:] for path in tmp_path.rglob("log.txt"))
+    assert code == 0, capsys.readouterr().out + logs
+    engines = json.loads((tmp_path / "engines.json").read_text())["engines"]
+    one, two = engines["cpu"], engines["cpu_ddp"]
+    assert (one["processes"], two["processes"], two["engine"]) == (1, 2, "MULTI_CPU")
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert two["bits_per_byte_end"] == pytest.approx(one["bits_per_byte_end"], rel=1e-3)

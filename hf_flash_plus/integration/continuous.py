@@ -1,19 +1,48 @@
 """Continuous batching: attention calls that come with Transformers' ``PagedAttentionCache``.
 
-The requests of a step arrive as one flattened row; the cache writes the new keys and returns, for every request, all of
-its keys, which cumulative lengths tell apart.
+The requests of a step arrive as one flattened row. Either the cache writes the new keys and returns, for every request,
+all of its keys, which cumulative lengths tell apart (``read_index``, ``write_index``); or, where every request brings
+one token, the pages are read and written in place by a ``block_table``.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import interface
+from .. import interface, kvcache
+
+#: The module of Transformers that decides whether block tables are used; imported with the first model that generates.
+_INITIALIZATION = "transformers.generation.continuous_batching.initialization"
+
+
+def allow_block_tables(names: tuple[str, ...], undo: list[Callable[[], None]]) -> None:
+    """Let continuous batching use block tables with implementations of these names on a GPU.
+
+    Transformers asks whether the name ends in 2 or 3. The answer for ours is yes where it asks for a version; where it
+    asks whether a mask is needed, the name itself already says no.
+    """
+    module = sys.modules.get(_INITIALIZATION)
+    original: Any = getattr(module, "is_flash_attention_requested", None)
+    if original is None or hasattr(original, "_hf_flash_plus"):
+        return
+
+    @functools.wraps(original)
+    def is_flash_attention_requested(config: Any = None, *args: Any, **kwargs: Any) -> bool:
+        if kwargs.get("version") is not None and getattr(config, "_attn_implementation", None) in names:
+            return True
+        return bool(original(config, *args, **kwargs))
+
+    is_flash_attention_requested._hf_flash_plus = True  # type: ignore[attr-defined]
+    undo.append(lambda: setattr(module, "is_flash_attention_requested", original))
+    setattr(module, "is_flash_attention_requested", is_flash_attention_requested)  # noqa: B010
 
 
 def is_paged(cache: Any) -> bool:
@@ -67,18 +96,17 @@ def paged_attention(
     Args:
         query: ``(1, nheads, total_q, head_dim)``; key, value: ``(1, nheads_k, total_q, head_dim)``: the new tokens of
             all requests, one after another.
-        kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k`` (a tensor, or one by layer type), read and write indices.
+        kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k`` (a tensor, or one by layer type), read and write indices, or
+            ``block_table``.
 
     Returns:
         ``(output (1, total_q, nheads, head_dim), None)``.
     """
-    if kwargs.get("block_table") is not None:
-        raise NotImplementedError(
-            "attn_implementation='flash_plus' reads the paged cache by index; set max_blocks_per_request=0 in the "
-            "continuous batching config (its default for this implementation)."
-        )
     window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
     window = window or None
+    if kwargs.get("block_table") is not None:
+        out = _by_block_table(module, query, key, value, cache, dropout, scaling, window, softcap, s_aux, kwargs)
+        return out, None
     keys, values = _update(cache, module, key, value, window, kwargs)
     cu_q, cu_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
     out = interface.flash_attn_varlen_func(
@@ -97,3 +125,62 @@ def paged_attention(
         s_aux=s_aux,
     )
     return out[None], None
+
+
+def _by_block_table(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: Any,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """A step in which every request brings one token: keys and values are written into their pages and read there.
+
+    Returns:
+        ``(1, requests, nheads, head_dim)``.
+    """
+    if dropout:
+        raise ValueError(f"decoding from pages drops nothing: dropout must be 0, got {dropout}.")
+    k_cache, v_cache, table, cu_k = _pages(cache, module, key, value, window, kwargs)
+    new_q, new_k, new_v = (x[0].transpose(0, 1)[:, None] for x in (query, key, value))
+    requests = new_q.shape[0]
+    total = (cu_k[1 : requests + 1] - cu_k[:requests]).to(torch.int32)
+    # Rows that only fill up a CUDA graph have no keys and no pages. They repeat the first request's write instead, so
+    # that nothing depends on how many rows are real, which the host does not know.
+    real = torch.where(total > 0, torch.arange(requests, device=total.device), 0)
+    out = kvcache.flash_attn_with_kvcache(
+        new_q,
+        k_cache,
+        v_cache,
+        new_k[real],
+        new_v[real],
+        cache_seqlens=total[real] - 1,
+        block_table=table[real],
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(window - 1, 0) if window else (-1, -1),
+        softcap=softcap or 0.0,
+        s_aux=s_aux,
+    )
+    return out.transpose(0, 1)
+
+
+def _pages(
+    cache: Any, module: Any, key: Tensor, value: Tensor, window: int | None, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``k_cache``, ``v_cache`` ``(blocks, block size, nheads_k, dim)``, and the layer's block table and lengths."""
+    if _update_takes_kwargs(type(cache)):
+        cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        return kwargs["k_cache"], kwargs["v_cache"], kwargs["block_table"], kwargs["cu_seq_lens_k"]
+    group, layer = cache.layer_index_to_group_indices[module.layer_idx]
+    shape = (-1, cache.block_size, cache.num_key_value_heads, cache.head_dim)
+    cu_k = kwargs["cu_seq_lens_k"]
+    if isinstance(cu_k, dict):
+        cu_k = cu_k["sliding_attention" if window else "full_attention"]
+    return cache.key_cache[layer].view(shape), cache.value_cache[layer].view(shape), kwargs["block_table"][group], cu_k

@@ -18,7 +18,7 @@ from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from . import class_dict
+from . import class_dict, continuous
 from .attention import NAME, flash_plus_attention
 from .mask_interface import flash_plus_mask
 from .models import unsupported_reason
@@ -122,6 +122,7 @@ def _check(original: Callable[..., Any]) -> Callable[..., Any]:
             _warn_refused(type(self).__name__, own, reason)
             return own
         class_dict.prepare(type(self).__module__, _undo)
+        continuous.allow_block_tables((NAME, PAGED_NAME), _undo)
         # Loading now is what lets torch.compile(fullgraph=True) pass later.
         flash_utils.lazy_import_flash_attention(implementation)
         return implementation

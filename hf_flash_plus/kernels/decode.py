@@ -291,31 +291,29 @@ def _combine(parts, part_lse, n_splits, pair_ok, BLOCK_M: tl.constexpr, BLOCK_DV
     ``parts`` and ``part_lse`` are pointers to the first split's. They are loaded past the L1 cache, several splits at
     a time: one round trip to memory for each would cost more than the splits saved.
     """
-    CHUNK: tl.constexpr = 16
     TOGETHER: tl.constexpr = 8 if BLOCK_M * BLOCK_DV <= 2048 else (4 if BLOCK_M * BLOCK_DV <= 4096 else 1)
-    some = tl.arange(0, CHUNK)
+    some = tl.arange(0, TOGETHER)
+    none = tl.zeros([BLOCK_M], tl.int32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for base in range(0, n_splits, CHUNK):
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for base in range(0, n_splits, TOGETHER):
         inside = (base + some < n_splits)[:, None] & pair_ok[None, :]
         lses = tl.load(
             part_lse[None, :] + (base + some)[:, None] * BLOCK_M, mask=inside, other=float("-inf"), cache_modifier=".cg"
         )
         new_top = tl.maximum(top, tl.max(lses, axis=0))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        sums = tl.sum(tl.math.exp2((lses - shift[None, :]) * LOG2E), axis=0)
-        total = total * tl.math.exp2((top - shift) * LOG2E) + sums
+        decay = tl.math.exp2((top - shift) * LOG2E)
+        total = total * decay + tl.sum(tl.math.exp2((lses - shift[None, :]) * LOG2E), axis=0)
         top = new_top
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    safe_total = tl.where(total == 0.0, 1.0, total)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    none = tl.zeros([BLOCK_M], tl.int32)
-    for base in range(0, n_splits, TOGETHER):
+        acc = acc * decay[:, None]
         for more in tl.static_range(TOGETHER):
             split = base + more
             ok = pair_ok & (none + split < n_splits)
             part = tl.load(parts + split * (BLOCK_M * BLOCK_DV), mask=ok[:, None], other=0.0, cache_modifier=".cg")
-            lses = tl.load(part_lse + split * BLOCK_M, mask=ok, other=float("-inf"), cache_modifier=".cg")
-            acc += part * (tl.math.exp2((lses - shift) * LOG2E) / safe_total)[:, None]
+            lse = tl.load(part_lse + split * BLOCK_M, mask=ok, other=float("-inf"), cache_modifier=".cg")
+            acc += part * tl.math.exp2((lse - shift) * LOG2E)[:, None]
+    safe_total = tl.where(total == 0.0, 1.0, total)
     lse = tl.where(total == 0.0, float("-inf"), top + tl.log(safe_total))
-    return acc, lse
+    return acc / safe_total[:, None], lse

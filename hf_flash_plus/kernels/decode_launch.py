@@ -37,13 +37,13 @@ def _row_bytes(s: Structure) -> int:
 
 
 def _stages(s: Structure) -> int:
-    """Stages of the load pipeline: 3, or 4 where tiles are small; fewer where shared memory is. AMD's compiler
-    pipelines through registers."""
+    """Stages of the load pipeline: 4, or what shared memory has room for (AMD's compiler pipelines in registers)."""
     shared = _SHARED.get(s.device.arch)
     if shared is None:
         return 1
     tile = 2 * _block_n(s) * _row_bytes(s)
-    return min(4 if tile <= 16384 else 3, max(1, shared // tile - 1))
+    # On an H200, 4 stages for one program are 10 percent faster than 3 for each of two.
+    return min(4, max(1, shared // tile - 1))
 
 
 def _slots(s: Structure) -> int:

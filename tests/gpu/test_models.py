@@ -170,3 +170,27 @@ def test_compiled_training_step(name: str, kind: str) -> None:
     want, got = step(eager, eager), step(ours, torch.compile(ours, fullgraph=True))
     for actual, expected in zip(got, want):
         assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_continuous_batching_reads_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``generate_batch`` gives the tokens of ``generate``, and decodes by block tables."""
+    import transformers
+
+    from hf_flash_plus.integration import continuous
+
+    calls = []
+    original = continuous._by_block_table
+    monkeypatch.setattr(continuous, "_by_block_table", lambda *a: (calls.append(1), original(*a))[1])
+    prompts = [ids(1, length, seed)[0].tolist() for seed, length in enumerate((5, 43, 18))]
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    model = build("llama").cuda()
+    want = [
+        model.generate(torch.tensor([prompt]).cuda(), eos_token_id=None, **options)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    model = build("llama", "flash_plus").cuda()
+    config = transformers.GenerationConfig(eos_token_id=-1, **options)
+    results = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    keys = sorted(results, key=lambda key: int(key.rsplit("_", 1)[-1]))
+    assert [results[key].generated_tokens for key in keys] == want
+    assert calls

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as tf
+from transformers.generation.continuous_batching import initialization
+
+from hf_flash_plus.integration import continuous
 
 from .tiny import build, ids
 
 
+def _offer_pages(config: Any, cb_config: Any, *args: Any) -> None:
+    cb_config.max_blocks_per_request = 8
+
+
+@pytest.mark.parametrize("pages", (False, True), ids=("by index", "by block table"))
 @pytest.mark.parametrize("name", ("llama", "mistral", "gemma3_text"))
-def test_generate_batch_equals_generate(name: str) -> None:
+def test_generate_batch_equals_generate(name: str, pages: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    if pages:  # as on a GPU, where Transformers offers them
+        original = continuous._by_block_table
+        monkeypatch.setattr(continuous, "_by_block_table", lambda *a: calls.append(1) or original(*a))
+        monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", _offer_pages)
     prompts = [ids(1, length, seed)[0].tolist() for seed, length in enumerate((5, 11, 8))]
     expected = []
     for prompt in prompts:
@@ -24,4 +39,48 @@ def test_generate_batch_equals_generate(name: str) -> None:
     results = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
     got = [results[key].generated_tokens for key in sorted(results, key=lambda k: int(k.rsplit("_", 1)[-1]))]
     assert got == expected
+    # A cache of few keys goes by index again; and models with windows keep no pages on Transformers 5.23.
+    assert bool(calls) == pages or (pages and name != "llama")
     assert model.config._attn_implementation == "flash_plus"
+
+
+class _Cache:
+    """What a block table step needs of a cache, in the manner of Transformers 5.23."""
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, kwargs: dict[str, Any]) -> Any:
+        return key_states, value_states
+
+
+def test_rows_that_fill_up_a_graph_write_nowhere_else() -> None:
+    """Padding rows have no page (-1) and no keys: the last page, which -1 means to an index, must not change."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
+    k_cache, v_cache = torch.randn(6, 4, 2, 8), torch.randn(6, 4, 2, 8)
+    before = k_cache.clone(), v_cache.clone()
+    kwargs = {
+        "block_table": torch.tensor([[2, 4], [3, -1], [-1, -1]], dtype=torch.int32),
+        "cu_seq_lens_k": torch.tensor([0, 6, 9, 9]),  # 6 keys, 3 keys, a padding row
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+    }
+    module = torch.nn.Module()
+    module.layer_idx = 0
+    with torch.no_grad():
+        out = continuous._by_block_table(module, q, k, v, _Cache(), 0.0, None, None, None, None, kwargs)
+    assert out.shape == (1, 3, 4, 8) and out.isfinite().all()
+    for cache, old, new in zip((k_cache, v_cache), before, (k, v)):
+        assert torch.equal(cache[4, 1], new[0, :, 0]) and torch.equal(cache[3, 2], new[0, :, 1])
+        old[4, 1], old[3, 2] = new[0, :, 0], new[0, :, 1]
+        assert torch.equal(cache, old)
+    keys = torch.cat((k_cache[2], k_cache[4, :2]))[None].transpose(1, 2)
+    values = torch.cat((v_cache[2], v_cache[4, :2]))[None].transpose(1, 2)
+    want = torch.nn.functional.scaled_dot_product_attention(q[:, :, :1], keys, values, enable_gqa=True)
+    assert (out[:, :1].transpose(1, 2) - want).abs().max() < 2e-6
+
+
+def test_block_tables_are_asked_for_by_version() -> None:
+    config = type("Config", (), {"_attn_implementation": "flash_plus"})()
+    build("llama", "flash_plus")
+    assert initialization.is_flash_attention_requested(config, version=[2, 3])
+    config._attn_implementation = "sdpa"
+    assert not initialization.is_flash_attention_requested(config, version=[2, 3])

@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-lowest gpu-test gpu-fuzz gpu-soak coverage-page curves engines lint format types clean
-.PHONY: pytest-cpu pytest-interpreter pytest-distributed
+.PHONY: pytest-cpu pytest-interpreter pytest-distributed pytest-hopper
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -57,7 +57,7 @@ demo: $(VENV)/.demo ## train a small LLaMA and a small BERT on the CPU, then gen
 
 # --- for developers ---
 
-CHECKS := lint types pytest-cpu pytest-interpreter pytest-distributed
+CHECKS := lint types pytest-cpu pytest-hopper pytest-interpreter pytest-distributed
 
 test: $(VENV)/.dev ## every check that needs no GPU: lint, types, tests, kernels in Triton's interpreter
 	@failed=""; \
@@ -65,7 +65,7 @@ test: $(VENV)/.dev ## every check that needs no GPU: lint, types, tests, kernels
 	  echo "== $$check"; $(MAKE) --no-print-directory $$check || failed="$$failed $$check"; \
 	done; \
 	echo "== summary"; \
-	for log in pytest-cpu pytest-interpreter pytest-distributed; do \
+	for log in pytest-cpu pytest-hopper pytest-interpreter pytest-distributed; do \
 	  echo "$$log: $$(tail -n 1 $(VENV)/$$log.log)"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi; \
@@ -93,6 +93,17 @@ pytest-cpu: $(VENV)/.dev ## the tests that need neither a GPU nor Triton's inter
 # On their own: each starts two to four processes.
 pytest-distributed: $(VENV)/.dev ## the examples with several processes on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed tests/examples \
+	  | tee $(VENV)/$@.log
+
+# The Hopper kernels are written in Gluon, which is experimental: they serve on the Triton they were tested with only.
+HOPPER_TRITON := triton==3.6.0
+
+$(VENV)/hopper/.done: $(VENV)/.dev
+	$(BIN)/python -m pip install $(PIP_FLAGS) --quiet --no-deps --upgrade --target $(VENV)/hopper $(HOPPER_TRITON)
+	touch $@
+
+pytest-hopper: $(VENV)/hopper/.done ## the Hopper kernels, compiled ahead of time by the Triton they are made for
+	PYTHONPATH=$(VENV)/hopper OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/aot -k hopper \
 	  | tee $(VENV)/$@.log
 
 pytest-interpreter: $(VENV)/.dev ## the kernels in Triton's interpreter

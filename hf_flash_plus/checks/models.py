@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,11 +104,28 @@ def _run(name: str, what: str, dtype: torch.dtype, device: torch.device) -> floa
 
 def run_check(provider: str, check: str, dtype: str, device: str) -> Row:
     """One check of one model, with the provider of that name or automatic selection; nothing is raised."""
+    with _quiet():
+        return _run_check(provider, check, dtype, device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What Transformers and this package would warn of goes into the row, not onto the screen."""
     from transformers.utils import logging as transformers_logging
 
-    name, what = check.split()
+    own, verbosity = logging.getLogger("hf_flash_plus"), transformers_logging.get_verbosity()
+    level = own.level
     transformers_logging.set_verbosity_error()
-    logging.getLogger("hf_flash_plus").setLevel(logging.ERROR)
+    own.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        own.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _run_check(provider: str, check: str, dtype: str, device: str) -> Row:
+    name, what = check.split()
     begin = time.perf_counter()
     row = Row(provider, check, dtype, OK)
     where = torch.device(device)

@@ -386,7 +386,7 @@ def test_e2e_run_of_an_encoder(tmp_path: Path) -> None:
     works = [{"kind": "train", "layout": layout, "batch": 2, "seqlen": 16} for layout in ("plain", "padded")]
     found = run(configuration.parse({**settings, "works": works}), CPU, tmp_path, ignore)
     assert [(row["peer"], row["status"], row["tokens"]) for row in found["rows"]] == [
-        (peer, "ok", tokens) for peer in ("sdpa", "flash_plus") for tokens in (32, 20)
+        (peer, "ok", tokens) for tokens in (32, 20) for peer in ("sdpa", "flash_plus")
     ]
     for change in ({"works": E2E["works"]}, {"model": {"type": "rnn"}, "works": works}):
         with pytest.raises(ConfigError, match=r"bert neither|type 'rnn'"):

@@ -70,10 +70,9 @@ BF16, FP16 = torch.bfloat16, torch.float16
 VARIANTS = [
     ("unordered", "full", 128, 32, 4096, 0.0, BF16, 160),
     ("unordered", "causal", 128, 32, 4096, 0.0, BF16, 160),
-    ("ordered", "causal", 128, 32, 4096, 0.0, BF16, 320),
     ("split", "causal", 128, 32, 4096, 0.0, BF16, 32),
-    ("ordered", "window", 64, 32, 4096, 0.0, FP16, 320),
-    ("ordered", "intervals", 128, 8, 4000, 0.0, BF16, 320),
+    ("unordered", "window", 64, 32, 4096, 0.0, FP16, 320),
+    ("unordered", "intervals", 128, 8, 4000, 0.0, BF16, 320),
 ]
 if os.environ.get("HF_FLASH_PLUS_AOT") == "full":
     VARIANTS += [

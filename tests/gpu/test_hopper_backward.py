@@ -107,7 +107,7 @@ def _compile(case: Case, mode: str) -> None:
 
     built = build(case, "cuda")
     for one in hopper_launches(built.inputs, mode, built.dout).values():
-        one.kernel.warmup(*one.arguments, grid=(one.n_programs,), **one.options)
+        one.warm_up()
     portable = launches(built.inputs, dout=built.dout)
     for name in ("forward", "dq"):
         assert isinstance(portable[name], launch.Launch)
@@ -209,4 +209,4 @@ def test_reasons() -> None:
     odd = build(replace(BASE, head_dim=33, v_head_dim=33), "cuda").inputs
     assert "33" in backward_launch.backward_reason(odd)
     unaligned = replace(inputs, query=torch.empty(2, 257, 4, 65, device="cuda", dtype=BF16)[..., 1:])
-    assert "q must be" in backward_launch.backward_reason(unaligned)
+    assert "q: not aligned" in backward_launch.backward_reason(unaligned)

@@ -8,7 +8,7 @@ tensor memory accelerator. Two consumer warpgroups own half of the keys each and
 
 ``-lse / scale`` and ``-delta`` are the start values of the first two products, so that they cost nothing. dk and dv
 stay in registers over all query tiles (and, with grouped heads, over the query heads of the group). dq is summed over
-the programs of all key tiles by atomic additions in fp32, in the order of arrival: its last bits differ from run to run.
+the programs of all key tiles by atomic additions in fp32, in any order: its last bits differ from run to run.
 Both warpgroups need all of ds for it, so it goes through shared memory, and each computes a 64 by 64 half of the tile.
 Without dq (WITH_DQ false; another kernel computes it) the rest is bitwise repeatable. Additions in a fixed order, each
 program waiting for its turn, were slower than a kernel for dq of its own (345 against 454 TFLOP/s on an H200).

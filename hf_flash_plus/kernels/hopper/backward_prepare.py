@@ -15,9 +15,14 @@ MASKED = tl.constexpr(1 << 29)
 DIRTY = tl.constexpr(1 << 30)
 
 RUNTIME_SIZES = ("nheads", "seqlen_q", "seqlen_k", "n_tiles_q", "n_tiles_k", "n_lists", "window_left", "window_right")
+#: Also those whose alignment and divisibility nothing is gained from: one number is loaded at a time.
+RUNTIME_ROWS = (
+    *RUNTIME_SIZES, "lse_ptr", "delta_ptr", "intervals_ptr", "lse_stride", "intervals_stride_b", "intervals_stride_s",
+    "intervals_stride_c",
+)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=RUNTIME_SIZES)
+@triton.jit(do_not_specialize=RUNTIME_ROWS)
 def row_numbers(
     out_ptr,
     dout_ptr,

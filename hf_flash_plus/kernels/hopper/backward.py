@@ -8,14 +8,10 @@ tensor memory accelerator. Two consumer warpgroups own half of the keys each and
 
 ``-lse / scale`` and ``-delta`` are the start values of the first two products, so that they cost nothing. dk and dv
 stay in registers over all query tiles (and, with grouped heads, over the query heads of the group). dq is summed over
-the programs of all key tiles, in fp32 in global memory; both warpgroups need all of ds for it, so it goes through
-shared memory, and each computes a 64 by 64 half of the tile. It comes about in one of three ways:
-
-* ``DQ_NONE``: left to another kernel.
-* ``DQ_UNORDERED``: atomic additions in the order of arrival; the last bits differ from run to run.
-* ``DQ_ORDERED``: the same additions in a fixed order (from the last key tile to the first). Each warp always adds to
-  the same numbers, so the order is kept warp by warp: a number in memory counts how many key tiles have added, and a
-  warp waits until its turn. It waits only for programs of lower index, which the hardware starts first: no deadlock.
+the programs of all key tiles by atomic additions in fp32, in any order: its last bits differ from run to run.
+Both warpgroups need all of ds for it, so it goes through shared memory, and each computes a 64 by 64 half of the tile.
+Without dq (WITH_DQ false; another kernel computes it) the rest is bitwise repeatable. Additions in a fixed order, each
+program waiting for its turn, were slower than a kernel for dq of its own (345 against 454 TFLOP/s on an H200).
 
 The products of a step overlap with the exponentials of the other warpgroup, and the next step's first product is issued
 before this step's last ones are used. The order of waits below is what keeps the assembler (ptxas) from serialising
@@ -36,10 +32,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
-DQ_NONE = gl.constexpr(0)
-DQ_UNORDERED = gl.constexpr(1)
-DQ_ORDERED = gl.constexpr(2)
-
 #: Which steps of a program mask: none; the first ones (a causal mask), which get a loop of their own; or any, by a
 #: branch (windows, lists of query tiles; causal masks with grouped heads: nested loops spill registers).
 MASK_NONE = gl.constexpr(0)
@@ -58,26 +50,6 @@ RUNTIME = [
 
 #: Keys of a tile; half of them belong to each consumer warpgroup.
 BLOCK_N = 128
-
-#: What a warp waits on before it adds its part of dq, and what it writes when that is done.
-_WAIT_TURN = """{
-.reg .pred again; .reg .b32 count;
-TURN: ld.acquire.gpu.global.b32 count, [$1];
-setp.lt.s32 again, count, $2;
-@again bra TURN;
-mov.b32 $0, count;
-}"""
-_PASS_TURN = """{
-.reg .pred mine; .reg .b32 lane;
-bar.warp.sync 0xffffffff;
-mov.u32 lane, %laneid;
-setp.eq.u32 mine, lane, 0;
-setp.gt.and.s32 mine, $2, 0, mine;
-@mine st.release.gpu.global.b32 [$1], $2;
-mov.b32 $0, 0;
-}"""
-WAIT_TURN = gl.constexpr(_WAIT_TURN)
-PASS_TURN = gl.constexpr(_PASS_TURN)
 
 
 @gluon.jit
@@ -141,7 +113,7 @@ def _producer(
     q_blocks, dout_blocks = blocks
     kv_full, q_full, dout_full, free, dirty_full = bars
     batch, k_head, first_head, n_heads, nheads, first_key, first_tile, n, rotation, n_tiles_q = where
-    entries_ptr, ranks_ptr, bounds_ptr, n_rows, bounds_at = pointers
+    entries_ptr, bounds_ptr, n_rows, bounds_at = pointers
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     N: gl.constexpr = k_smem.shape[0]
     HEAD_BYTES: gl.constexpr = BLOCK_D * 2
@@ -169,12 +141,10 @@ def _producer(
                 entry = gl.load(entries_ptr + i)
                 tile = entry & ENTRY_TILE
                 dirty = (entry & ENTRY_DIRTY) != 0
-                rank = gl.load(ranks_ptr + i)
             row = tile * BLOCK_M
             mbarrier.wait(free.index(stage), ((it // STAGES) & 1) ^ 1)
             if LISTED:  # read by the consumers once they have waited for q
-                entry_smem.index(2 * stage).store(gl.full([1], entry, gl.int32, ONE))
-                entry_smem.index(2 * stage + 1).store(gl.full([1], rank, gl.int32, ONE))
+                entry_smem.index(stage).store(gl.full([1], entry, gl.int32, ONE))
             if LISTED and dirty:
                 mbarrier.expect(dirty_full, 2 * (BLOCK_M * HEAD_BYTES + ROW_BYTES) + BOUND_BYTES)
                 _load_bounds(bounds_desc, bounds_at + row, n_rows, dirty_full, bounds_smem, stage)
@@ -222,47 +192,18 @@ def _zero_not_finite(half):
 
 
 @gluon.jit
-def _turns(lock_ptr, tile, W: gl.constexpr):
-    """Where each thread finds the count of its warp's turns at a query tile."""
-    threads = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    at = lock_ptr + tile * 8 + W * 4
-    return (at + threads // 32).to(gl.int64), threads * 0
-
-
-@gluon.jit
-def _pass_turn(lock_ptr, pending, W: gl.constexpr):
-    """Let the next program add to the tile that this one has added to; ``pending``: (tile, count or 0 for nothing)."""
-    tile, count = pending
-    at, zeros = _turns(lock_ptr, tile, W)
-    gl.inline_asm_elementwise(PASS_TURN, "=r,l,r", [at, zeros + count], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _add_dq(dq, tile, rank, pending, dq_ptr, lock_ptr, W: gl.constexpr, TILE_SIZE: gl.constexpr, DQ: gl.constexpr):
+def _add_dq(dq, tile, dq_ptr, W: gl.constexpr, TILE_SIZE: gl.constexpr):
     """Add a warpgroup's 64 by 64 part of dq to its place in global memory.
 
     Numbers lie there in the order in which threads hold them, four neighbours a thread: 16-byte additions, all
-    coalesced (``backward_prepare`` brings them into rows). Returns what :func:`_pass_turn` is to do later: passing the
-    turn waits for the additions to be done, so it is put off until they surely are.
+    coalesced (``backward_prepare`` brings them into rows).
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
     x = dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([32, 128])
     x = gl.convert_layout(x, LAYOUT, assert_trivial=True)
     r, c = gl.arange(0, 32, gl.SliceLayout(1, LAYOUT)), gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
     at = dq_ptr + tile.to(gl.int64) * TILE_SIZE + W * 4096
-    at = at + r[:, None] * 128 + c[None, :]
-    if DQ == DQ_ORDERED:
-        _pass_turn(lock_ptr, pending, W)
-        if rank == 0:  # the first one finds nothing there
-            gl.store(at, x)
-        else:
-            turns, zeros = _turns(lock_ptr, tile, W)
-            gl.inline_asm_elementwise(WAIT_TURN, "=r,l,r", [turns, zeros + rank], dtype=gl.int32, is_pure=False, pack=1)
-            gl.atomic_add(at, x, sem="relaxed")
-        pending = (tile, rank + 1)
-    else:
-        gl.atomic_add(at, x, sem="relaxed")
-    return pending
+    gl.atomic_add(at + r[:, None] * 128 + c[None, :], x, sem="relaxed")
 
 
 @gluon.jit
@@ -318,18 +259,16 @@ def _step(
     it,
     total,
     tile,
-    rank,
     masked,
     scores,
     dk,
     dv,
-    pending,
     head_tiles,
     first_key,
     key_start,
     shared,
     bars,
-    grads,
+    dq_ptr,
     numbers,
     bounds_smem,
     W: gl.constexpr,
@@ -341,7 +280,7 @@ def _step(
     LISTED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
-    DQ: gl.constexpr,
+    WITH_DQ: gl.constexpr,
     DS_SHARED: gl.constexpr,
     EARLY: gl.constexpr,
     HALF: gl.constexpr,
@@ -357,7 +296,6 @@ def _step(
     """
     q_smem, k_smem, v_smem, dout_smem, ds_smem, start_smem, delta_smem = shared
     q_full, dout_full, free, ds_full = bars
-    dq_ptr, lock_ptr = grads
     right, left, scale2, cap_in, cap_out = numbers
     DTYPE: gl.constexpr = q_smem.dtype
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -399,10 +337,10 @@ def _step(
     p_half = gl.convert_layout(p.to(DTYPE), P_L)
     dp = warpgroup_mma_wait(0, deps=[dp_async])
     ds = (g * dp).to(DTYPE)
-    if DQ != DQ_NONE or DS_SHARED:
+    if WITH_DQ or DS_SHARED:
         ds_smem.index(buffer).slice(W * 64, 64, dim=0).store(ds)
         fence_async_shared()
-    if DQ != DQ_NONE:
+    if WITH_DQ:
         mbarrier.arrive(ds_full.index(buffer), count=1)
     elif DS_SHARED:
         gl.thread_barrier()
@@ -412,7 +350,7 @@ def _step(
     else:
         dk = warpgroup_mma(gl.convert_layout(ds, P_L), q_smem.index(stage), dk, is_async=True)
 
-    if DQ == DQ_NONE:
+    if not WITH_DQ:
         mbarrier.wait(q_full.index(next_stage), next_phase, pred=it + 1 < total)
         start = _next_start(start_smem, next_stage, zeros, HAS_SOFTCAP, L)
         if EARLY == 2:
@@ -455,23 +393,14 @@ def _step(
             scores = warpgroup_mma(k_half, q_smem.index(next_stage).permute((1, 0)), start, is_async=True)
             dv, dk, dq = warpgroup_mma_wait(1, deps=[dv, dk, dq_async])
             mbarrier.arrive(free.index(stage), count=1)
-        pending = _add_dq(dq, head_tiles + tile, rank, pending, dq_ptr, lock_ptr, W, BLOCK_M * BLOCK_D, DQ)
-    return scores, dk, dv, pending
+        _add_dq(dq, head_tiles + tile, dq_ptr, W, BLOCK_M * BLOCK_D)
+    return scores, dk, dv
 
 
 @gluon.jit
 def _read(buffer):
     """The number that the producer has put there."""
     return gl.max(buffer.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-
-
-@gluon.jit
-def _rank(tile, tile_n, last_tile_n, right, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HAS_RIGHT: gl.constexpr):
-    """How many programs add to a query tile's dq before this one: those of the later key tiles that it sees."""
-    last = last_tile_n
-    if HAS_RIGHT:
-        last = min(last, ((tile + 1) * BLOCK_M - 1 + right) // BLOCK_N)
-    return last - tile_n
 
 
 @gluon.jit
@@ -492,7 +421,7 @@ def _store_rows(ptr, stride, first_key, seqlen_k, x, W: gl.constexpr, DIM: gl.co
 def _consumer(
     shared,
     bars,
-    grads,
+    dq_ptr,
     dkv,
     work,
     steps,
@@ -506,13 +435,12 @@ def _consumer(
     STAGES: gl.constexpr,
     MASK: gl.constexpr,
     HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr,
     LISTED: gl.constexpr,
     GROUPED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     ROTATE: gl.constexpr,
-    DQ: gl.constexpr,
+    WITH_DQ: gl.constexpr,
     DS_SHARED: gl.constexpr,
     EARLY: gl.constexpr,
     ALIGNED: gl.constexpr,
@@ -521,12 +449,10 @@ def _consumer(
     """One warpgroup: dk and dv of its 64 keys, and its half of each step's dq."""
     q_smem, k_smem, v_smem, _, ds_smem, start_smem, _ = shared
     kv_full, q_full, dout_full, free, ds_full, kv_clean = bars
-    dq_ptr, lock_ptr = grads
     dk_ptr, dv_ptr, dk_stride, dv_stride, scale = dkv
-    first_key, seqlen_k, tile_n, last_tile_n, n_heads, head_tiles, n_tiles_q, first_tile = work
+    first_key, seqlen_k, n_heads, head_tiles, n_tiles_q, first_tile = work
     n, n_before, n_full, rotation = steps
     bounds_smem, entry_smem = lists
-    right, _, _, _, _ = numbers
     N: gl.constexpr = k_smem.shape[0]
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     OUT_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -538,7 +464,6 @@ def _consumer(
     dv = gl.full([64, BLOCK_D], 0.0, gl.float32, OUT_L)
     total = n * n_heads
     step_bars = (q_full, dout_full, free, ds_full)
-    pending = (head_tiles, n * 0)
     # The second half of the keys sees nothing of the first tile on the diagonal: that warpgroup starts at the second.
     FIRST: gl.constexpr = 1 if SKIP and W == 1 else 0
 
@@ -551,15 +476,14 @@ def _consumer(
         mbarrier.wait(kv_clean, 0)
     if FIRST == 1:
         mbarrier.arrive(free.index(0), count=1)
-        if DQ != DQ_NONE:
+        if WITH_DQ:
             dq_zeros = gl.full([64, 64], 0.0, gl.float32, DQ_L)
             mbarrier.arrive(ds_full.index(0), count=1)
             mbarrier.wait(ds_full.index(0), 0)
             ds_t = ds_smem.index(0).slice(0, 64, dim=0).permute((1, 0))
             k_part = k_smem.slice(0, 64, dim=0).slice(64, 64, dim=1)
             dq = warpgroup_mma(ds_t, k_part, dq_zeros, use_acc=False)
-            rank = _rank(first_tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
-            pending = _add_dq(dq, head_tiles + first_tile, rank, pending, dq_ptr, lock_ptr, W, BLOCK_M * BLOCK_D, DQ)
+            _add_dq(dq, head_tiles + first_tile, dq_ptr, W, BLOCK_M * BLOCK_D)
     mbarrier.wait(q_full.index(FIRST), 0, pred=total > FIRST)
     start = _next_start(start_smem, FIRST, zeros, HAS_SOFTCAP, L)
     scores = warpgroup_mma(k_smem.slice(W * 64, 64, dim=0), q_smem.index(FIRST).permute((1, 0)), start, is_async=True)
@@ -574,40 +498,34 @@ def _consumer(
         if SKIP and W == 0:
             for i in gl.static_range(2):
                 tile = first_tile + i
-                rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
-                scores, dk, dv, pending = _step(
-                    i, total, tile, rank, False, scores, dk, dv, pending, head_tiles, first_key, key_start,
-                    shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1 - i, False,
-                    False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, i == 0,
+                scores, dk, dv = _step(
+                    i, total, tile, False, scores, dk, dv, head_tiles, first_key, key_start,
+                    shared, step_bars, dq_ptr, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1 - i, False,
+                    False, HAS_SOFTCAP, TAIL, WITH_DQ, DS_SHARED, EARLY, i == 0,
                 )  # fmt: skip
         else:
             for i in range(FIRST, before):
                 tile = first_tile + i
-                rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
-                scores, dk, dv, pending = _step(
-                    i, total, tile, rank, True, scores, dk, dv, pending, head_tiles, first_key, key_start,
-                    shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1, False,
-                    False, HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
+                scores, dk, dv = _step(
+                    i, total, tile, True, scores, dk, dv, head_tiles, first_key, key_start,
+                    shared, step_bars, dq_ptr, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 1, False,
+                    False, HAS_SOFTCAP, TAIL, WITH_DQ, DS_SHARED, EARLY, False,
                 )  # fmt: skip
         for i in range(before, n):
             tile = first_tile + i
-            rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
-            scores, dk, dv, pending = _step(
-                i, total, tile, rank, False, scores, dk, dv, pending, head_tiles, first_key, key_start,
-                shared, step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 0, False, False,
-                HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
+            scores, dk, dv = _step(
+                i, total, tile, False, scores, dk, dv, head_tiles, first_key, key_start,
+                shared, step_bars, dq_ptr, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, 0, False, False,
+                HAS_SOFTCAP, TAIL, WITH_DQ, DS_SHARED, EARLY, False,
             )  # fmt: skip
     else:
         i = n * 0
         for it in range(total):  # over the tiles of all heads
             masked = False
             if LISTED:
-                entry = _read(entry_smem.index(2 * (it % STAGES)))
+                entry = _read(entry_smem.index(it % STAGES))
                 tile = entry & ENTRY_TILE
                 masked = (entry & ENTRY_MASKED) != 0
-                rank = 0
-                if DQ == DQ_ORDERED:
-                    rank = _read(entry_smem.index(2 * (it % STAGES) + 1))
             else:
                 tile = first_tile + i
                 if ROTATE:
@@ -615,21 +533,18 @@ def _consumer(
                     tile = first_tile + gl.where(tile >= n, tile - n, tile)
                 if MASK == MASK_ANY:
                     masked = (i < n_before) | (i >= n_before + n_full)
-                rank = _rank(tile, tile_n, last_tile_n, right, BLOCK_M, N, HAS_RIGHT)
             this_head = head_tiles
             i += 1
             if GROUPED:
                 wrapped = i >= n
                 i = gl.where(wrapped, 0, i)
                 head_tiles = gl.where(wrapped, head_tiles + n_tiles_q, head_tiles)
-            scores, dk, dv, pending = _step(
-                it, total, tile, rank, masked, scores, dk, dv, pending, this_head, first_key, key_start, shared,
-                step_bars, grads, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED,
-                HAS_SOFTCAP, TAIL, DQ, DS_SHARED, EARLY, False,
+            scores, dk, dv = _step(
+                it, total, tile, masked, scores, dk, dv, this_head, first_key, key_start, shared,
+                step_bars, dq_ptr, numbers, bounds_smem, W, BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED,
+                HAS_SOFTCAP, TAIL, WITH_DQ, DS_SHARED, EARLY, False,
             )  # fmt: skip
     warpgroup_mma_wait(0, deps=[scores])  # issued for a step that does not follow
-    if DQ == DQ_ORDERED:
-        _pass_turn(lock_ptr, pending, W)
     _store_rows(dv_ptr, dv_stride, first_key, seqlen_k, dv, W, V_HEAD_DIM)
     _store_rows(dk_ptr, dk_stride, first_key, seqlen_k, dk * scale, W, HEAD_DIM)
 
@@ -679,9 +594,7 @@ def attention_backward(
     dk_ptr,
     dv_ptr,
     dq_ptr,
-    lock_ptr,
     entries_ptr,
-    ranks_ptr,
     counts_ptr,
     bounds_ptr,
     list_stride,
@@ -714,7 +627,7 @@ def attention_backward(
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     ROTATE: gl.constexpr,
-    DQ: gl.constexpr,
+    WITH_DQ: gl.constexpr,
     DS_SHARED: gl.constexpr,
     EARLY: gl.constexpr,
     ALIGNED: gl.constexpr,
@@ -731,9 +644,8 @@ def attention_backward(
             -inf where a row weighs nothing, and -delta.
         dk_ptr, dv_ptr: (splits, batch, keys, nheads_k, head dim), rows contiguous; keys lie as far apart as
             ``nheads_k`` rows, batch elements and splits ``dkv_stride_b`` and ``dkv_stride_split`` keys.
-        dq_ptr: fp32, tiles of BLOCK_M by BLOCK_D in the order of :func:`_add_dq`; zero before if DQ_UNORDERED.
-        lock_ptr: int32, 8 a query tile, zero before; only if DQ_ORDERED.
-        entries_ptr, ranks_ptr, counts_ptr, bounds_ptr: only if LISTED, see ``backward_prepare``; batch elements lie
+        dq_ptr: fp32, tiles of BLOCK_M by BLOCK_D in the order of :func:`_add_dq`, zero before; only if WITH_DQ.
+        entries_ptr, counts_ptr, bounds_ptr: only if LISTED, see ``backward_prepare``; batch elements lie
             ``list_stride`` key tiles apart (0: one list for all).
         right, left: the flags' bounds: row i sees keys ``i + left <= key <= i + right``.
     """
@@ -741,8 +653,6 @@ def attention_backward(
     N: gl.constexpr = k_desc.block_shape[1]
     n_tiles_k = (seqlen_k + N - 1) // N
     tile_n, split_batch_head = _schedule(gl.program_id(0), n_tiles_k, n_heads_total, section)
-    if DQ == DQ_ORDERED:  # programs wait for those of later key tiles, which must have lower indices
-        tile_n = n_tiles_k - 1 - tile_n
     n_batch_heads = n_heads_total // n_splits
     split = split_batch_head // n_batch_heads
     batch_head = split_batch_head % n_batch_heads
@@ -755,9 +665,7 @@ def attention_backward(
     if LISTED:
         list_at = batch * list_stride
         n = gl.load(counts_ptr + list_at + tile_n)
-        at = (list_at + tile_n).to(gl.int64) * (n_tiles_q + 1)
-        entries_ptr += at
-        ranks_ptr += at
+        entries_ptr += (list_at + tile_n).to(gl.int64) * (n_tiles_q + 1)
         bounds_at = gl.where(list_stride > 0, batch, 0) * 2 * n_rows
         bounds_ptr += bounds_at
     rotation = 0
@@ -768,15 +676,15 @@ def attention_backward(
     v_smem = gl.allocate_shared_memory(DTYPE, [N, BLOCK_D], gl.NVMMASharedLayout(128, 16, rank=2))
     q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_D], gl.NVMMASharedLayout(128, 16, rank=2))
     dout_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_D], gl.NVMMASharedLayout(128, 16, rank=2))
-    DS_BUFFERS: gl.constexpr = 2 if DQ != DQ_NONE or DS_SHARED else 1
-    DS_KEYS: gl.constexpr = N if DQ != DQ_NONE or DS_SHARED else 8
+    DS_BUFFERS: gl.constexpr = 2 if WITH_DQ or DS_SHARED else 1
+    DS_KEYS: gl.constexpr = N if WITH_DQ or DS_SHARED else 8
     ds_smem = gl.allocate_shared_memory(DTYPE, [DS_BUFFERS, DS_KEYS, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2))
     start_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], start_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta_desc.layout)
     bounds_smem = start_smem
     entry_smem = start_smem
     if LISTED:
-        entry_smem = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        entry_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         bounds_smem = gl.allocate_shared_memory(gl.int32, [2 * STAGES, BLOCK_M], bounds_desc.layout)
     # Barriers: k and v are there; q, dout of a stage are there; a stage is free; both halves of ds are there.
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -808,24 +716,23 @@ def attention_backward(
     shared = (q_smem, k_smem, v_smem, dout_smem, ds_smem, start_smem, delta_smem)
     dkv = (dk_ptr + row_at * HEAD_DIM, dv_ptr + row_at * V_HEAD_DIM, nheads_k * HEAD_DIM, nheads_k * V_HEAD_DIM, scale)
     head_tiles = (batch * nheads + first_head) * n_tiles_q
-    work = (first_key, seqlen_k, tile_n, n_tiles_k - 1, heads_per_split, head_tiles, n_tiles_q, first_tile)
+    work = (first_key, seqlen_k, heads_per_split, head_tiles, n_tiles_q, first_tile)
     steps = (n, n_before, n_full, rotation)
     lists = (bounds_smem, entry_smem)
     numbers = (right, left, scale2, cap_in, cap_out)
-    grads = (dq_ptr, lock_ptr)
     where = (batch, k_head, first_head, heads_per_split, nheads, first_key, first_tile, n, rotation, n_tiles_q)
     bars = (kv_full, q_full, dout_full, free, ds_full, kv_clean)
     descs = (q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc, bounds_desc)
     buffers = (q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem, bounds_smem, entry_smem)
     fill_bars = (kv_full, q_full, dout_full, free, dirty_full)
-    pointers = (entries_ptr, ranks_ptr, bounds_ptr, n_rows, bounds_at)
+    pointers = (entries_ptr, bounds_ptr, n_rows, bounds_at)
     gl.warp_specialize(
         [
-            (_consumer, (shared, bars, grads, dkv, work, steps, lists, numbers, 0, HEAD_DIM, V_HEAD_DIM, BLOCK_M,
-                         BLOCK_D, STAGES, MASK, HAS_LEFT, HAS_RIGHT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, ROTATE, DQ,
+            (_consumer, (shared, bars, dq_ptr, dkv, work, steps, lists, numbers, 0, HEAD_DIM, V_HEAD_DIM, BLOCK_M,
+                         BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, ROTATE, WITH_DQ,
                          DS_SHARED, EARLY, ALIGNED, SKIP)),
-            (_consumer, (shared, bars, grads, dkv, work, steps, lists, numbers, 1, HEAD_DIM, V_HEAD_DIM, BLOCK_M,
-                         BLOCK_D, STAGES, MASK, HAS_LEFT, HAS_RIGHT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, ROTATE, DQ,
+            (_consumer, (shared, bars, dq_ptr, dkv, work, steps, lists, numbers, 1, HEAD_DIM, V_HEAD_DIM, BLOCK_M,
+                         BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, ROTATE, WITH_DQ,
                          DS_SHARED, EARLY, ALIGNED, SKIP)),
             (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
                          STAGES, ROTATE, LISTED)),

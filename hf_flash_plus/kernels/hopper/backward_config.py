@@ -12,8 +12,7 @@ class Config(NamedTuple):
         block_m: query rows of a step.
         stages: tiles of q and dout in flight.
         skip: leave out the half tile above the diagonal (causal masks, 64 rows a step).
-        rotate: programs start at different query tiles, so that their additions to dq do not collide (no mask,
-            unordered additions).
+        rotate: programs start at different query tiles, so that their additions to dq do not collide (no mask).
         any_mask: one loop with a branch around the mask also for causal masks, instead of two loops.
         consumer_registers, producer_registers: a thread's; twice the first and once the second are at most 512.
     """

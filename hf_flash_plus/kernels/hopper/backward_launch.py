@@ -18,6 +18,7 @@ from ...masks import AttentionMask
 from .. import launch, tiles
 from . import backward_config
 from .backward_config import Config
+from .launching import Launch, Plan, descriptor, layout_reason, stride_classes
 
 #: q, dout and the sums of dq of the heads in flight should stay in the L2 cache together.
 L2_BUDGET = 32 * 2**20
@@ -25,11 +26,14 @@ BLOCK_N = 128
 PADDED = 128  # rows are padded to a multiple of this
 NO_BOUND = 2**30
 
-#: How dq comes about. "ordered" and "split" are bitwise repeatable.
-MODES = {"split": 0, "unordered": 1, "ordered": 2}
-#: The mode where nobody asked for bitwise repeatable gradients: they are promised by default.
-DEFAULT_MODE = "ordered"
-DETERMINISTIC_MODE = "ordered"
+#: How dq comes about: from a kernel of its own (bitwise repeatable), or by atomic additions in any order.
+MODES = {"split": 0, "unordered": 1}
+
+#: The mode where nobody asked for repeatable gradients, by padded head dimension and whether the call has a mask:
+#: "split" unless that costs more than a tenth. TFLOP/s of the whole backward on an H200, split / unordered:
+#: B4 S4096 H16 D128 full 454 / 534, causal 447 / 473; S16384 causal 511 / 521; H32/8 causal 443 / 432;
+#: B4 S4096 H32 D64 full 401 / 500, causal 383 / 432.
+DEFAULT_MODE = {(128, True): "split", (128, False): "unordered", (64, True): "unordered", (64, False): "unordered"}
 
 LOG2E = 1.4426950408889634
 
@@ -76,17 +80,6 @@ def _structure_reason(
     return None
 
 
-def _tma_serves(tensor: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read a tensor: contiguous rows, all else in steps of 16 bytes."""
-    if tensor.stride(3) != 1 or tensor.data_ptr() & 15:
-        return False
-    size = tensor.element_size()
-    return all(
-        length == 1 or (stride > 0 and stride * size % 16 == 0)
-        for length, stride in zip(tensor.shape[:3], tensor.stride()[:3])
-    )
-
-
 def backward_reason(inputs: AttentionInputs) -> str | None:
     """Why the Hopper kernels do not compute the gradients of a call; None if they do."""
     q, mask = inputs.query, inputs.mask
@@ -105,16 +98,19 @@ def backward_reason(inputs: AttentionInputs) -> str | None:
     if batch * nheads * (seqlen_q + PADDED) >= 2**31 or (seqlen_q + PADDED) * (seqlen_k + PADDED) >= 2**38:
         return f"computes no more than 2^31 rows of all heads, got {batch} x {nheads} x {seqlen_q}"
     for name, tensor in (("q", q), ("k", inputs.key), ("v", inputs.value)):
-        if not _tma_serves(tensor):
-            return f"{name} must be 16-byte aligned with contiguous rows in steps of 16 bytes, has {tensor.stride()}"
+        reason = layout_reason(tensor)
+        if reason:
+            return f"{name}: {reason}"
     return None
 
 
 def mode_for(inputs: AttentionInputs) -> str:
     """The mode of a call, see :data:`MODES`."""
     if inputs.deterministic or torch.are_deterministic_algorithms_enabled() or settings.deterministic():
-        return DETERMINISTIC_MODE
-    return DEFAULT_MODE
+        return "split"
+    mask = inputs.mask
+    masked = mask.causal or mask.windowed or mask.row_intervals is not None
+    return DEFAULT_MODE[backward_config.block_d(inputs.query.shape[3], inputs.value.shape[3]), masked]
 
 
 class Bounds(NamedTuple):
@@ -229,11 +225,9 @@ class Buffers(NamedTuple):
     start: Tensor
     minus_delta: Tensor
     dq_sums: Tensor | None
-    locks: Tensor | None
     row_bounds: Tensor | None
     summary: Tensor | None
     entries: Tensor | None
-    ranks: Tensor | None
     counts: Tensor | None
 
 
@@ -246,32 +240,40 @@ def allocate(parts: Parts) -> Buffers:
     def new(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    sums = locks = row_bounds = summary = entries = ranks = counts = None
+    sums = row_bounds = summary = entries = counts = None
     if parts.mode:
         sums = new(torch.float32, n_rows * parts.block_d)
-    if parts.mode == MODES["ordered"]:
-        locks = new(torch.int32, batch * nheads * parts.n_tiles_q * 8)
     if parts.intervals is not None:
         n_lists = parts.intervals.shape[0]
         row_bounds = new(torch.int32, n_lists, 2, parts.n_tiles_q * parts.config.block_m)
         summary = new(torch.int32, n_lists, 5, parts.n_tiles_q)
         entries = new(torch.int32, n_lists, parts.n_tiles_k, parts.n_tiles_q + 1)
-        ranks = torch.empty_like(entries)
         counts = new(torch.int32, n_lists, parts.n_tiles_k)
     start, minus_delta = new(torch.float32, n_rows), new(torch.float32, n_rows)
-    return Buffers(start, minus_delta, sums, locks, row_bounds, summary, entries, ranks, counts)
+    return Buffers(start, minus_delta, sums, row_bounds, summary, entries, counts)
 
 
-class Launch(NamedTuple):
-    """A kernel with its grid, arguments and compile-time options."""
+#: As for the forward kernel: the default of Triton up to 3.9.
+_COMPILER = {"num_warps": 4, "enable_fp_fusion": True}
 
-    kernel: Any
-    n_programs: int
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
 
-    def run(self) -> None:
-        self.kernel[(self.n_programs,)](*self.arguments, **self.options)
+@cache
+def _plan(kind: str, names: tuple[str, ...], values: tuple[Any, ...]) -> Plan:
+    from . import backward, backward_prepare
+
+    kernels = {
+        "rows": backward_prepare.row_numbers,
+        "lists": backward_prepare.query_tile_lists,
+        "main": backward.attention_backward,
+        "dq_rows": backward_prepare.dq_rows,
+    }
+    return Plan(kernels[kind], {**_COMPILER, **dict(zip(names, values))})
+
+
+def _launch(
+    kind: str, n_programs: int, arguments: tuple[Any, ...], options: dict[str, Any], key: tuple[Any, ...]
+) -> Launch:
+    return Launch(_plan(kind, tuple(options), tuple(options.values())), n_programs, arguments, key)
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
@@ -281,15 +283,14 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 def rows_launch(parts: Parts, buffers: Buffers, delta: Tensor) -> Launch:
     """The launch of ``row_numbers``; ``delta`` begins at the first row that takes part."""
-    from . import backward_prepare
-
     batch, nheads, _, rows, keys = parts.sizes
     intervals = parts.intervals
     n_lists = 0 if intervals is None else intervals.shape[0]
     interval_strides = (None,) * 3 if intervals is None else _strides(intervals)
+    strides = (*parts.out.stride()[:3], *parts.dout.stride()[:3])
     arguments = (
-        parts.out, parts.dout, parts.lse, delta, buffers.start, buffers.minus_delta, buffers.dq_sums, buffers.locks,
-        buffers.row_bounds, buffers.summary, intervals, *parts.out.stride()[:3], *parts.dout.stride()[:3],
+        parts.out, parts.dout, parts.lse, delta, buffers.start, buffers.minus_delta, buffers.dq_sums,
+        buffers.row_bounds, buffers.summary, intervals, *strides,
         parts.lse.stride(1), *interval_strides, nheads, rows, keys, parts.n_tiles_q, n_lists, *parts.window,
         -LOG2E if parts.softcap else -1.0 / parts.scale,
     )  # fmt: skip
@@ -299,45 +300,41 @@ def rows_launch(parts: Parts, buffers: Buffers, delta: Tensor) -> Launch:
         "HAS_RIGHT": parts.window[1] >= 0,
         "HAS_INTERVALS": intervals is not None,
         "ZERO_DQ": parts.mode == MODES["unordered"],
-        "ZERO_LOCKS": parts.mode == MODES["ordered"],
         "BLOCK_M": parts.config.block_m,
         "BLOCK_D": parts.block_d,
         "BLOCK_DV": tiles.padded(parts.v.shape[3]),
-        "num_warps": 4,
     }
-    return Launch(backward_prepare.row_numbers, batch * nheads * parts.n_tiles_q, arguments, options)
+    # dout is aligned, see backward.
+    key = (parts.q.device.index, parts.q.dtype, parts.out.data_ptr() & 15 == 0, *stride_classes(strides))
+    return _launch("rows", batch * nheads * parts.n_tiles_q, arguments, options, key)
 
 
 def lists_launch(parts: Parts, buffers: Buffers) -> Launch:
     """The launch of ``query_tile_lists``; with row intervals only."""
-    from . import backward_prepare
-
     assert parts.intervals is not None
     arguments = (
-        buffers.summary, buffers.entries, buffers.ranks, buffers.counts, parts.sizes[4], parts.n_tiles_q,
-        parts.n_tiles_k,
+        buffers.summary, buffers.entries, buffers.counts, parts.sizes[4], parts.n_tiles_q, parts.n_tiles_k,
     )  # fmt: skip
     options = {"BLOCK_N": BLOCK_N, "BLOCK": 128, "num_warps": 1}
     n_programs = parts.intervals.shape[0] * parts.n_tiles_k
-    return Launch(backward_prepare.query_tile_lists, n_programs, arguments, options)
+    return _launch("lists", n_programs, arguments, options, (parts.q.device.index,))
+
+
+@cache
+def _layouts() -> tuple[Any, Any]:
+    """How tiles, and the numbers of rows, lie in shared memory."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(128, 16, rank=4), gl.NVMMASharedLayout(0, 32, rank=1)
 
 
 def _descriptor(tensor: Tensor, block: int, dim: int) -> Any:
     """A (batch, seqlen, heads, head dim) tensor for copies of ``block`` rows of one head, ``dim`` wide."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    # The hardware wants multiples of 16 bytes even where there is nothing to step over.
-    strides = [tensor.shape[3] if n == 1 else s for n, s in zip(tensor.shape[:3], tensor.stride()[:3])]
-    layout = gl.NVMMASharedLayout(128, 16, rank=4)
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, block, 1, dim], layout)
+    return descriptor(tensor, [1, block, 1, dim], _layouts()[0])
 
 
 def _row_descriptor(tensor: Tensor, block: int) -> Any:
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    return TensorDescriptor(tensor.view(-1), [tensor.numel()], [1], [block], gl.NVMMASharedLayout(0, 32, rank=1))
+    return descriptor(tensor.view(-1), [block], _layouts()[1])
 
 
 def _section(parts: Parts) -> int:
@@ -351,8 +348,6 @@ def _section(parts: Parts) -> int:
 def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section: int | None = None) -> Launch:
     """The launch of the Gluon kernel; ``dk``, ``dv``: (splits, batch, keys, nheads_k, dim), from the first key that
     takes part on."""
-    from . import backward
-
     batch, nheads, nheads_k, _, keys = parts.sizes
     config, bounds, mode = parts.config, parts.bounds, parts.mode
     listed, masked = parts.intervals is not None, bounds.has_left or bounds.has_right
@@ -364,7 +359,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         mask = 2
     else:
         mask = int(masked)
-    list_stride = parts.n_tiles_k if listed and parts.intervals.shape[0] > 1 else 0
+    list_stride = 0 if parts.intervals is None or parts.intervals.shape[0] == 1 else parts.n_tiles_k
     softcap = parts.softcap
     block_m, dim = config.block_m, parts.block_d
     row_bounds = buffers.row_bounds if buffers.row_bounds is not None else buffers.start  # unused without
@@ -372,8 +367,8 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         _descriptor(parts.q, block_m, dim), _descriptor(parts.k, BLOCK_N, dim), _descriptor(parts.v, BLOCK_N, dim),
         _descriptor(parts.dout, block_m, dim), _row_descriptor(buffers.start, block_m),
         _row_descriptor(buffers.minus_delta, block_m), _row_descriptor(row_bounds, block_m), dk, dv, buffers.dq_sums,
-        buffers.locks, buffers.entries, buffers.ranks, buffers.counts, buffers.row_bounds, list_stride, nheads,
-        nheads_k, heads_per_split, parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2),
+        buffers.entries, buffers.counts, buffers.row_bounds, list_stride, nheads, nheads_k, heads_per_split,
+        parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2),
         parts.n_tiles_q, n_heads, _section(parts) if section is None else section, bounds.right, bounds.left,
         parts.scale, parts.scale * LOG2E, 2.0 * LOG2E * parts.scale / softcap if softcap else 0.0, softcap * LOG2E,
     )  # fmt: skip
@@ -391,7 +386,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         "HAS_SOFTCAP": softcap > 0.0,
         "TAIL": keys % BLOCK_N != 0,
         "ROTATE": config.rotate and mask == 0 and mode == MODES["unordered"],
-        "DQ": mode,
+        "WITH_DQ": mode == MODES["unordered"],
         "DS_SHARED": config.ds_shared,
         "EARLY": config.early,
         # The diagonal runs through the corners of tiles where row i sees keys up to i.
@@ -399,15 +394,13 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         "SKIP": config.skip and mask == 1 and bounds.right == 0 and block_m == 64 and not grouped,
         "CONSUMER_REGISTERS": config.consumer_registers,
         "PRODUCER_REGISTERS": config.producer_registers,
-        "num_warps": 4,
     }
-    return Launch(backward.attention_backward, parts.n_tiles_k * n_heads, arguments, options)
+    key = (parts.q.device.index, parts.q.dtype, dk.dtype)
+    return _launch("main", parts.n_tiles_k * n_heads, arguments, options, key)
 
 
-def dq_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:
+def dq_rows_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:
     """The launch that brings the sums of dq into rows; ``dq`` begins at the first row that takes part."""
-    from . import backward_prepare
-
     batch, nheads, _, rows, _ = parts.sizes
     arguments = (
         buffers.dq_sums, buffers.start, dq, *dq.stride()[:3], nheads, rows, parts.n_tiles_q, parts.scale,
@@ -417,10 +410,10 @@ def dq_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:
         "HAS_INTERVALS": parts.intervals is not None,
         "BLOCK_M": parts.config.block_m,
         "BLOCK_D": parts.block_d,
-        "num_warps": 4,
     }
     n_parts = parts.config.block_m * parts.block_d // 4096
-    return Launch(backward_prepare.dq_rows, batch * nheads * parts.n_tiles_q * n_parts, arguments, options)
+    key = (parts.q.device.index, parts.q.dtype, *stride_classes(dq.stride()[:3]))
+    return _launch("dq_rows", batch * nheads * parts.n_tiles_q * n_parts, arguments, options, key)
 
 
 def backward(
@@ -443,7 +436,7 @@ def backward(
         config, section: for tuning.
     """
     q, v = inputs.query, inputs.value
-    if not _tma_serves(dout):
+    if layout_reason(dout):
         dout = dout.contiguous()
     mode = mode_for(inputs) if mode is None else mode
     parts = take_apart(inputs, out, softmax_lse, dout, mode, config)
@@ -470,7 +463,7 @@ def backward(
         lists_launch(parts, buffers).run()
     main_launch(parts, buffers, dk[:, :, first_key:], dv[:, :, first_key:], section).run()
     if parts.mode:
-        dq_launch(parts, buffers, dq[:, first_row:]).run()
+        dq_rows_launch(parts, buffers, dq[:, first_row:]).run()
     else:
         launch.dq_launch(launch.prepare(inputs), dout, softmax_lse, delta, dq, None).run()
     if splits == 1:

@@ -15,9 +15,14 @@ MASKED = tl.constexpr(1 << 29)
 DIRTY = tl.constexpr(1 << 30)
 
 RUNTIME_SIZES = ("nheads", "seqlen_q", "seqlen_k", "n_tiles_q", "n_tiles_k", "n_lists", "window_left", "window_right")
+#: Also those whose alignment and divisibility nothing is gained from: one number is loaded at a time.
+RUNTIME_ROWS = (
+    *RUNTIME_SIZES, "lse_ptr", "delta_ptr", "intervals_ptr", "lse_stride", "intervals_stride_b", "intervals_stride_s",
+    "intervals_stride_c",
+)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=RUNTIME_SIZES)
+@triton.jit(do_not_specialize=RUNTIME_ROWS)
 def row_numbers(
     out_ptr,
     dout_ptr,
@@ -26,7 +31,6 @@ def row_numbers(
     start_ptr,
     minus_delta_ptr,
     dq_ptr,
-    lock_ptr,
     bounds_ptr,
     summary_ptr,
     intervals_ptr,
@@ -53,7 +57,6 @@ def row_numbers(
     HAS_RIGHT: tl.constexpr,
     HAS_INTERVALS: tl.constexpr,
     ZERO_DQ: tl.constexpr,
-    ZERO_LOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -66,7 +69,6 @@ def row_numbers(
         start_ptr, minus_delta_ptr: fp32 (batch * nheads, padded): ``lse * factor`` (-inf where a row weighs nothing)
             and ``-delta``.
         dq_ptr: with ZERO_DQ, fp32 (batch * nheads * padded * BLOCK_D,) to be zeroed.
-        lock_ptr: with ZERO_LOCKS, int32 (batch * nheads * n_tiles_q, 8) to be zeroed.
         bounds_ptr: with HAS_INTERVALS, int32 (n_lists, 2, padded): the first and one past the last key of each row.
         summary_ptr: with HAS_INTERVALS, int32 (n_lists, 5, n_tiles_q): first and one past the last key that some row
             of the tile sees; the same of the keys that all its rows see; whether a row sees nothing.
@@ -99,8 +101,6 @@ def row_numbers(
     if ZERO_DQ:
         numbers = local_rows[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         tl.store(dq_ptr + tile_at * (BLOCK_M * BLOCK_D) + numbers, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
-    if ZERO_LOCKS:
-        tl.store(lock_ptr + tile_at * 8 + tl.arange(0, 8), tl.zeros([8], tl.int32))
     if HAS_INTERVALS:  # noqa: SIM102  (one condition is known at compile time, the other is not)
         if (head == 0) & (batch < n_lists):
             first, last, full_first, full_last = tile_bounds(
@@ -123,7 +123,6 @@ def row_numbers(
 def query_tile_lists(
     summary_ptr,
     entries_ptr,
-    ranks_ptr,
     counts_ptr,
     seqlen_k,
     n_tiles_q,
@@ -134,8 +133,8 @@ def query_tile_lists(
     """Of one tile of keys, the query tiles that see some of it, in rising order.
 
     ``entries`` is int32 (lists, n_tiles_k, n_tiles_q + 1): a query tile, plus MASKED where not all of its rows see all
-    of the keys, plus DIRTY where a row sees nothing. ``ranks``, of the same shape: how many later tiles of keys the
-    query tile sees. ``counts`` (lists, n_tiles_k) says how many entries there are; one more is valid to read.
+    of the keys, plus DIRTY where a row sees nothing. ``counts`` (lists, n_tiles_k) says how many entries there are; one
+    more is valid to read.
     """
     tile_n = tl.program_id(0) % n_tiles_k
     which = tl.program_id(0) // n_tiles_k
@@ -159,10 +158,8 @@ def query_tile_lists(
         seen = sees.to(tl.int32)
         to = list_at + count + tl.cumsum(seen, axis=0) - seen
         tl.store(entries_ptr + to, entry, mask=sees)
-        tl.store(ranks_ptr + to, (last - 1) // BLOCK_N - tile_n, mask=sees)
         count += tl.sum(seen, axis=0)
     tl.store(entries_ptr + list_at + count, 0)
-    tl.store(ranks_ptr + list_at + count, 0)
     tl.store(counts_ptr + which * n_tiles_k + tile_n, count)
 
 

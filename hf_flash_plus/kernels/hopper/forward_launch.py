@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from torch import Tensor
 from ...inputs import SHORT_QUERY, AttentionInputs
 from . import config
 from .config import CAUSAL, FULL, INTERVALS, SHORT_CAUSAL, TAIL, WINDOW, Config
-
-if TYPE_CHECKING:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from .launching import Launch, Plan, descriptor, layout_reason
 
 #: Versions of Triton whose Gluon these kernels were tested with. Gluon is experimental: 3.9 compiles the plain variants
 #: (with more spills), and not those for row intervals.
@@ -26,9 +24,6 @@ TRITON_VERSIONS = ((3, 6),)
 
 #: Keys and values of the heads in flight should stay in the L2 cache together.
 L2_BUDGET = 32 * 2**20
-
-#: What a tensor descriptor can say: 16-byte strides below 2^40 bytes.
-_MAX_STRIDE_BYTES = 2**40
 
 #: Compiler options. Fusion is the default of Triton up to 3.9; the scale belongs into the exponent's multiply-add.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -78,21 +73,6 @@ def _structure_reason(dtype: torch.dtype, head_dim: int, v_head_dim: int, nheads
     return None
 
 
-def _layout_reason(tensor: Tensor) -> str | None:
-    """Why no tensor descriptor can be made of q, k or v."""
-    if tensor.data_ptr() & 15:
-        return "not aligned to 16 bytes"
-    sizes, strides = tensor.shape, tensor.stride()
-    if strides[3] != 1:
-        return "last dimension not contiguous"
-    limit = _MAX_STRIDE_BYTES // tensor.itemsize
-    for i in range(3):
-        stride = strides[i]
-        if sizes[i] > 1 and (stride & 7 or not 0 < stride < limit):
-            return f"stride {stride}"
-    return None
-
-
 def forward_reason(inputs: AttentionInputs) -> str | None:
     """Why this call is not served; None if it is. (Availability is :func:`available_reason`'s question.)"""
     q, k, v, mask = inputs.query, inputs.key, inputs.value, inputs.mask
@@ -118,23 +98,24 @@ def forward_reason(inputs: AttentionInputs) -> str | None:
     if not inputs.softmax_scale > 0.0:
         return f"softmax_scale {inputs.softmax_scale}"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        reason = _layout_reason(tensor)
+        reason = layout_reason(tensor)
         if reason is not None:
             return f"{name}: {reason}"
     return None
 
 
-class _Plan:
-    """What all calls of one structure share.
+class _Plan(Plan):
+    """What all calls of one structure share. Kernels are compiled by device and by the dtype of the sinks.
 
     Attributes:
         config: what the kernel is compiled for.
         blocks, layouts: of the descriptors of q, k, v and out.
-        kernels: compiled ones, by device and the dtype of the sinks, to be launched without Triton's own look-up.
     """
 
     def __init__(self, chosen: Config, dtype: torch.dtype) -> None:
         from triton.experimental.gluon import language as gl
+
+        from .forward import attention_forward
 
         gl_dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
         c = self.config = chosen
@@ -146,8 +127,8 @@ class _Plan:
             [1, 64, 1, c.v_dim],
         )
         self.layouts = tuple(gl.NVMMASharedLayout.get_default_for(block, gl_dtype) for block in self.blocks)
-        self.piece = gl.NVMMASharedLayout.get_default_for([8, 64], gl_dtype)
-        self.kernels: dict[tuple[int | None, torch.dtype | None], Any] = {}
+        piece = gl.NVMMASharedLayout.get_default_for([8, 64], gl_dtype)
+        super().__init__(attention_forward, {"C": chosen, "PIECE": piece, **OPTIONS})
 
 
 @cache
@@ -205,49 +186,6 @@ def _counter(device: torch.device) -> Tensor:
     return counter
 
 
-def _descriptor(tensor: Tensor, block: list[int], layout: Any) -> TensorDescriptor:
-    """A tensor descriptor, without the checks of its constructor: ``forward_reason`` has made them."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    shape = tensor.shape
-    # A dimension of size 1 may have any stride, also one that the hardware does not take.
-    strides = [
-        8 if size == 1 and (stride & 7 or stride <= 0) else stride for size, stride in zip(shape, tensor.stride())
-    ]
-    strides[3] = 1
-    found = object.__new__(TensorDescriptor)
-    found.__dict__.update(
-        base=tensor, shape=list(shape), strides=strides, block_shape=block, layout=layout, padding="zero"
-    )
-    return found
-
-
-class Launch:
-    """A kernel with its grid and arguments."""
-
-    def __init__(self, plan: _Plan, n_programs: int, arguments: tuple[Any, ...], key: tuple[Any, ...]) -> None:
-        self.plan = plan
-        self.n_programs = n_programs
-        self.arguments = arguments
-        self.key = key
-
-    def run(self) -> None:
-        kernels = self.plan.kernels
-        compiled = kernels.get(self.key)
-        if compiled is not None:
-            compiled[self.n_programs, 1, 1](*self.arguments)
-            return
-        from .forward import attention_forward
-
-        kernels[self.key] = attention_forward[self.n_programs, 1, 1](*self.arguments, **OPTIONS)
-
-    def warm_up(self) -> Any:
-        """Compile, and launch nothing."""
-        from .forward import attention_forward
-
-        return attention_forward.warmup(*self.arguments, grid=(self.n_programs,), **OPTIONS)
-
-
 class SummaryLaunch:
     """The launch that summarises row intervals, and where it puts what it finds."""
 
@@ -302,10 +240,10 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
         factor, cap_factor = softcap * _LOG2E, 2.0 * _LOG2E * scale / softcap
     blocks, layouts = plan.blocks, plan.layouts
     arguments = (
-        _descriptor(q, blocks[0], layouts[0]),
-        _descriptor(k, blocks[1], layouts[1]),
-        _descriptor(v, blocks[2], layouts[2]),
-        _descriptor(out, blocks[3], layouts[3]),
+        descriptor(q, blocks[0], layouts[0]),
+        descriptor(k, blocks[1], layouts[1]),
+        descriptor(v, blocks[2], layouts[2]),
+        descriptor(out, blocks[3], layouts[3]),
         lse,
         _counter(q.device),
         bounds,
@@ -322,8 +260,6 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
         0 if sinks is None else sinks.stride(0),
         factor,
         cap_factor,
-        plan.config,
-        plan.piece,
     )
     n_programs = min(_n_programs(q.device.index), n_heads * -(-seqlen_q // plan.block_m))
     key = (q.device.index, None if sinks is None else sinks.dtype)

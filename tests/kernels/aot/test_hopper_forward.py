@@ -125,8 +125,9 @@ def test_arguments_of_a_direct_launch() -> None:
         _, launch = launches(inputs_of(REPRESENTATIVE[1]))
         launch.warm_up()
         *_, binder = attention_forward.device_caches[list(TARGETS).index("sm90")]
-        bound, *_ = binder(*launch.arguments, **{"debug": False, "instrumentation_mode": "", **forward_launch.OPTIONS})
-        assert [id(value) for value in bound.values()] == [id(value) for value in launch.arguments]
+        passed = (*launch.arguments, *launch.plan.constexprs)
+        bound, *_ = binder(*launch.arguments, **{"debug": False, "instrumentation_mode": "", **launch.plan.options})
+        assert [id(value) for value in bound.values()] == [id(value) for value in passed]
         for parameter, value in zip(attention_forward.params, launch.arguments):
             if isinstance(value, int | torch.Tensor):
                 assert parameter.do_not_specialize, parameter.name

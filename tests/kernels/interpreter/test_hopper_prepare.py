@@ -1,12 +1,11 @@
 """What surrounds the Hopper backward kernel, in Triton's interpreter, with the kernel itself replaced by PyTorch.
 
 The replacement walks over the same query tiles, in the same order, with the same numbers as the kernel: a wrong list,
-bound, start value, turn or place in the sums of dq shows here, without a GPU. What it cannot show is the pipeline.
+bound, start value or place in the sums of dq shows here, without a GPU. What it cannot show is the pipeline.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -19,21 +18,15 @@ from tests.kernels.cases import NAN, Case, assert_within, build, oracle
 
 BASE = Case((), 2, 200, 300, 2, 1, 64, 64, torch.float16)
 CASES = [
-    (case, mode)
-    for case, mode in itertools.product(
-        [
-            BASE,
-            replace(BASE, features=("causal",)),
-            replace(BASE, features=("causal",), seqlen_q=300, seqlen_k=170),
-            replace(BASE, features=("window",)),
-            replace(BASE, features=("left_window",), seqlen_q=300, seqlen_k=270),
-            replace(BASE, features=("packed", "softcap")),
-            replace(BASE, features=("left_padding",), head_dim=96, v_head_dim=128),
-            replace(BASE, features=("one_interval", "causal"), nheads=4, nheads_k=2),
-            replace(BASE, features=("nothing",)),
-        ],
-        ("unordered", "ordered"),
-    )
+    BASE,
+    replace(BASE, features=("causal",)),
+    replace(BASE, features=("causal",), seqlen_q=300, seqlen_k=170),
+    replace(BASE, features=("window",)),
+    replace(BASE, features=("left_window",), seqlen_q=300, seqlen_k=270),
+    replace(BASE, features=("packed", "softcap")),
+    replace(BASE, features=("left_padding",), head_dim=96, v_head_dim=128),
+    replace(BASE, features=("one_interval", "causal"), nheads=4, nheads_k=2),
+    replace(BASE, features=("nothing",)),
 ]
 
 
@@ -48,18 +41,15 @@ def _rows(tensor: torch.Tensor, batch: int, head: int, first: int, count: int, d
 
 
 def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: torch.Tensor, dv: torch.Tensor) -> None:
-    """``backward.attention_backward`` in PyTorch; with turns, it checks that each comes when it is due."""
+    """``backward.attention_backward`` in PyTorch."""
     batch, nheads, nheads_k, _, keys = parts.sizes
     block_m, block_n, dim, bounds = parts.config.block_m, backward.BLOCK_N, parts.block_d, parts.bounds
-    group, ordered = nheads // nheads_k // parts.splits, parts.mode == 2
+    group = nheads // nheads_k // parts.splits
     n_heads = parts.splits * batch * nheads_k
     listed, softcap = parts.intervals is not None, parts.softcap
     sums = buffers.dq_sums.view(-1, block_m * dim)
-    turns = torch.zeros(sums.shape[0], dtype=torch.int64)
     for pid in range(parts.n_tiles_k * n_heads):
         tile_n, split_batch_head = backward._schedule.fn(pid, parts.n_tiles_k, n_heads, 2)
-        if ordered:
-            tile_n = parts.n_tiles_k - 1 - tile_n
         split, batch_head = divmod(split_batch_head, batch * nheads_k)
         b, k_head = divmod(batch_head, nheads_k)
         first_key = tile_n * block_n
@@ -78,13 +68,9 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
         for head in range(first_head, first_head + group):
             for i in range(n):
                 tile, masked, dirty = first + i, not n_before <= i < n_before + n_full, False
-                rank = backward._rank.fn(
-                    tile, tile_n, parts.n_tiles_k - 1, bounds.right, block_m, block_n, bounds.has_right
-                )
                 if listed:
                     entry = int(buffers.entries[which, tile_n, i])
                     tile, masked, dirty = entry & ((1 << 29) - 1), bool(entry >> 29 & 1), bool(entry >> 30 & 1)
-                    rank = int(buffers.ranks[which, tile_n, i])
                 row = tile * block_m + torch.arange(block_m)[None, :]
                 q, dout = (_rows(x, b, head, tile * block_m, block_m, dim) for x in (parts.q, parts.dout))
                 visible = torch.ones(block_n, block_m, dtype=torch.bool)
@@ -114,13 +100,7 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
                 dq = ds.mT @ k
                 shape = (1, 64, dim // 64, 64) if dim == 128 else (2, 64, 1, 64)
                 halves = dq.reshape(shape).transpose(1, 2).reshape(2, 64, 64)
-                order = halves.reshape(2, 4, 2, 8, 8, 4, 2).permute(0, 4, 1, 3, 5, 2, 6).reshape(-1)
-                if ordered:
-                    assert rank == turns[at], "a program would wait for one that comes later"
-                    turns[at] += 1
-                    sums[at] = order if rank == 0 else sums[at] + order
-                else:
-                    sums[at] += order
+                sums[at] += halves.reshape(2, 4, 2, 8, 8, 4, 2).permute(0, 4, 1, 3, 5, 2, 6).reshape(-1)
         inside = min(block_n, keys - first_key)
         dk[split, b, first_key : first_key + inside, k_head] = (dk_sum * parts.scale)[:inside, : dk.shape[4]].to(
             dk.dtype
@@ -128,8 +108,8 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
         dv[split, b, first_key : first_key + inside, k_head] = dv_sum[:inside, : dv.shape[4]].to(dv.dtype)
 
 
-@pytest.mark.parametrize(("case", "mode"), CASES, ids=str)
-def test_surroundings(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_surroundings(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     built = build(case)
     out, lse, expected = oracle(built)
 
@@ -145,7 +125,7 @@ def test_surroundings(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         torch, "empty", lambda *a, **k: (lambda t: t.fill_(NAN if t.is_floating_point() else 2**30))(empty(*a, **k))
     )
-    grads = backward_launch.backward(built.inputs, out.to(case.dtype), lse.float(), built.dout, mode=mode)
+    grads = backward_launch.backward(built.inputs, out.to(case.dtype), lse.float(), built.dout, mode="unordered")
     for name, grad, exact in zip(("dq", "dk", "dv"), grads, expected):
         assert grad.is_contiguous() and grad.dtype == case.dtype
         assert_within(name, grad, exact, 4e-3 * (1 + exact.abs().max().item()))

@@ -175,7 +175,8 @@ def _pages(
     cache: Any, module: Any, key: Tensor, value: Tensor, window: int | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``k_cache``, ``v_cache`` ``(blocks, block size, nheads_k, dim)``, and the layer's block table and lengths."""
-    if _update_takes_kwargs(type(cache)):
+    cache_type: Any = type(cache)
+    if _update_takes_kwargs(cache_type):
         cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
         return kwargs["k_cache"], kwargs["v_cache"], kwargs["block_table"], kwargs["cu_seq_lens_k"]
     group, layer = cache.layer_index_to_group_indices[module.layer_idx]

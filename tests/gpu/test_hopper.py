@@ -260,7 +260,7 @@ def test_what_is_declined() -> None:
     }
     for words, call in declined.items():
         reason = forward_launch.forward_reason(call)
-        assert reason is not None and reason.startswith(words), (words, reason)
+        assert reason is not None and words in reason, (words, reason)
 
 
 def test_streams_side_by_side() -> None:

@@ -105,6 +105,20 @@ def test_equals_the_dense_mask(name: str, padding: str, attached: bool) -> None:
     assert torch.equal(decoded(ours, LENGTH, LENGTH).expand_as(dense), dense)
 
 
+@pytest.mark.parametrize("padding", ("all", "left", "right", "holes", "empty"))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_look_at_the_padding(name: str, padding: str, monkeypatch) -> None:
+    """As on a GPU: no key mask where it has no holes, flags alone where there is no padding; the mask is the same."""
+    monkeypatch.setattr(mask_interface, "LOOK_AT_PADDING", frozenset({"cpu"}))
+    dense, ours, _ = both(FUNCTIONS[name], pads(padding))
+    for version in (ours, ours.clone()):
+        assert torch.equal(decoded(version, LENGTH, LENGTH).expand_as(dense), dense)
+    mask = carrier.decode(ours, LENGTH, LENGTH).mask
+    assert (mask.key_mask is not None) == (padding == "holes")
+    if padding == "all" and name in ("causal", "full", "window", "bidirectional_window"):
+        assert mask.row_intervals is None
+
+
 @pytest.mark.parametrize("padding", ("none", "left", "holes"))
 @pytest.mark.parametrize("name", ("causal", "window", "chunked", "blocks"))
 @pytest.mark.parametrize("rows, start", ((1, 23), (1, 9), (4, 12)))

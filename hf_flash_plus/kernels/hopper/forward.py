@@ -217,7 +217,10 @@ def _load_v(v_desc, sm, p, C: gl.constexpr, PIECE: gl.constexpr):
             where = [tile.batch, key, tile.head // p.group, 0]
             if C.mode == INTERVALS:
                 hidden = (key + C.block_n > last) | ((gaps > 0) & (i < tile.n_end + tile.n_begin))
-                if hidden & (last > 0):
+                seen = last > 0
+                if C.sinks:  # rows that see nothing still have a total, so that their 0 * NaN would show
+                    seen = last >= 0
+                if hidden & seen:
                     mbarrier.expect(sm.v_raw.index(0), BYTES)
                     tma_load(v_desc, where, sm.v_raw.index(0), sm.v.index(stage))
                     mbarrier.wait(sm.v_raw.index(0), cleaned & 1)

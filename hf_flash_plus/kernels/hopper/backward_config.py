@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
+
+from . import config
 
 
 class Config(NamedTuple):
@@ -41,3 +44,35 @@ def select(dim: int, masked: bool, with_dq: bool) -> Config:
     if dim == 64:
         return Config(128, ds_shared=not with_dq, early=0)
     return Config(64, early=1 if masked else 2)
+
+
+@dataclass(frozen=True)
+class DqConfig:
+    """Everything that the kernel for dq is compiled for, beside the dtype; names as in ``config.Config``, whose reader
+    ``schedule`` also reads this. Passed as one constexpr: no properties here.
+
+    Attributes:
+        v_dim: the padded head dimension, of all tensors.
+        head_dim: that of dq.
+    """
+
+    mode: int
+    softcap: bool
+    v_dim: int
+    head_dim: int
+    block_n: int
+    k_stages: int
+    v_stages: int
+    consumer_registers: int
+    other_registers: int
+    consumers: int = 2
+
+
+def select_dq(dim: int, mode: int, softcap: bool, head_dim: int) -> DqConfig:
+    """The configuration for a padded head dimension; ``mode`` as in ``config``."""
+    block_n, k_stages, v_stages = (128, 3, 2) if dim == 128 else (128, 4, 4)
+    if dim == 128 and softcap:  # whose derivative takes registers of its own: 1200 bytes would be spilled with 128 keys
+        block_n, k_stages, v_stages = 64, 5, 4
+    described = mode in (config.WINDOW, config.INTERVALS)  # the loading warps do more
+    registers = (232, 40) if described else (240, 24)
+    return DqConfig(mode, softcap, dim, head_dim, block_n, k_stages, v_stages, *registers)

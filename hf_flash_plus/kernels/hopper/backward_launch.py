@@ -16,7 +16,7 @@ from ... import settings
 from ...inputs import AttentionInputs
 from ...masks import AttentionMask
 from .. import launch, tiles
-from . import backward_config
+from . import backward_config, backward_dq_launch
 from .backward_config import Config
 from .launching import Launch, Plan, descriptor, layout_reason, stride_classes
 
@@ -28,6 +28,9 @@ NO_BOUND = 2**30
 
 #: How dq comes about: from a kernel of its own (bitwise repeatable), or by atomic additions in any order.
 MODES = {"split": 0, "unordered": 1}
+
+#: What computes dq in the mode "split": "portable", or "hopper" (``backward_dq``).
+DQ_KERNEL = "portable"
 
 #: The mode where nobody asked for repeatable gradients, by padded head dimension and whether the call has a mask:
 #: "split" unless that costs more than a tenth. TFLOP/s of the whole backward on an H200, split / unordered:
@@ -464,6 +467,11 @@ def backward(
     main_launch(parts, buffers, dk[:, :, first_key:], dv[:, :, first_key:], section).run()
     if parts.mode:
         dq_rows_launch(parts, buffers, dq[:, first_row:]).run()
+    elif DQ_KERNEL == "hopper":
+        summary, last = backward_dq_launch.prepare(inputs, parts, buffers, dq[:, first_row:])
+        if summary is not None:
+            summary.run()
+        last.run()
     else:
         launch.dq_launch(launch.prepare(inputs), dout, softmax_lse, delta, dq, None).run()
     if splits == 1:

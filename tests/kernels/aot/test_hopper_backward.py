@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this Triton has no Gluon for Hopper")
 
 from hf_flash_plus.inputs import AttentionInputs
-from hf_flash_plus.kernels.hopper import backward_launch, launching
+from hf_flash_plus.kernels.hopper import backward_dq_launch, backward_launch
 from hf_flash_plus.masks import CAUSAL, FULL, AttentionMask
 
 from .compiling import _BIN, TARGETS, _find, call, compiling_for
@@ -26,9 +27,7 @@ if reason := backward_launch._gluon_reason():
 SERIALIZED = ("C7510", "C7512", "C7514", "C7515", "C7517", "C7519", "serialized")
 
 
-def hopper_launches(
-    inputs: AttentionInputs, mode: str, dout: torch.Tensor | None = None
-) -> dict[str, launching.Launch]:
+def hopper_launches(inputs: AttentionInputs, mode: str, dout: torch.Tensor | None = None) -> dict[str, Any]:
     """All launches of a call's backward pass, by name; nothing runs."""
     q = inputs.query
     batch, seqlen_q, nheads, _ = q.shape
@@ -47,9 +46,13 @@ def hopper_launches(
     }
     if parts.intervals is not None:
         found["lists"] = backward_launch.lists_launch(parts, buffers)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)[:, parts.bounds.first_row :]
     if parts.mode:
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        found["dq_rows"] = backward_launch.dq_rows_launch(parts, buffers, dq[:, parts.bounds.first_row :])
+        found["dq_rows"] = backward_launch.dq_rows_launch(parts, buffers, dq)
+    else:
+        summary, found["dq"] = backward_dq_launch.prepare(inputs, parts, buffers, dq)
+        if summary is not None:
+            found["summary"] = summary
     return found
 
 
@@ -66,11 +69,15 @@ def _inputs(
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
+#: Bytes that the kernel for dq may spill: between tiles, none of it in its loops.
+DQ_SPILLS = 128
 #: mode, mask, head_dim, nheads_k, seqlen, softcap, dtype, and how many bytes of registers may be spilled.
 VARIANTS = [
     ("unordered", "full", 128, 32, 4096, 0.0, BF16, 160),
     ("unordered", "causal", 128, 32, 4096, 0.0, BF16, 160),
     ("split", "causal", 128, 32, 4096, 0.0, BF16, 32),
+    ("split", "full", 64, 32, 4096, 0.0, FP16, 320),
+    ("split", "intervals", 128, 8, 4000, 20.0, BF16, 1024),
     ("unordered", "window", 64, 32, 4096, 0.0, FP16, 320),
     ("unordered", "intervals", 128, 8, 4000, 0.0, BF16, 320),
 ]
@@ -92,9 +99,11 @@ def test_compiles(variant: tuple[str, str, int, int, int, float, torch.dtype, in
     with compiling_for("sm90"):
         for name, launch in hopper_launches(_inputs(*rest), mode).items():
             kernel = launch.warm_up()
+            if name == "summary":
+                continue
             limit = TARGETS["sm90"].shared_memory
             assert kernel.metadata.shared <= limit, f"{name} takes {kernel.metadata.shared} bytes, there are {limit}"
-            if name == "main":
+            if name in ("main", "dq"):
                 with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
                     ptx.write(kernel.asm["ptx"])
                     ptx.flush()
@@ -102,7 +111,8 @@ def test_compiles(variant: tuple[str, str, int, int, int, float, torch.dtype, in
                     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
                 assert not any(word in said for word in SERIALIZED), said
                 spilled = _find(r"(\d+) bytes spill stores", said)
-                assert spilled <= bound, f"{name} spills {spilled} bytes, allowed are {bound}"
+                allowed = bound if name == "main" else DQ_SPILLS
+                assert spilled <= allowed, f"{name} spills {spilled} bytes, allowed are {allowed}"
 
 
 def test_lengths_do_not_recompile() -> None:
@@ -122,6 +132,8 @@ def test_arguments_of_a_direct_launch(mode: str, mask: str) -> None:
     key says all of it that is compiled for."""
     with compiling_for("sm90"):
         for name, launch in hopper_launches(_inputs(mask, 128, 32, 4096, 0.0, BF16), mode).items():
+            if name == "summary":
+                continue
             kernel = launch.plan.kernel
             launch.warm_up()
             *_, binder = kernel.device_caches[list(TARGETS).index("sm90")]

@@ -110,7 +110,7 @@ class GpuRecord:
             "driver": found["driver"],
             "commit": found["commit"],
             "versions": {name: found["versions"][name] for name in keep},
-            "command": shlex.join(["pytest", *sys.argv[1:]]),
+            "command": _command(sys.argv[1:]),
             "duration_s": round(time.monotonic() - self.begin, 1),
             "exit_status": exitstatus,
             "passed": total["passed"],
@@ -120,6 +120,11 @@ class GpuRecord:
             "files": {name: dict(sorted(counts.items())) for name, counts in sorted(self.files.items())},
             "failures": self.failures,
         }
+
+
+def _command(arguments: list[str]) -> str:
+    """The command line, without the folders that a run's outputs went to."""
+    return shlex.join(["pytest", *(Path(word).name if word.startswith("/") else word for word in arguments)])
 
 
 @pytest.fixture

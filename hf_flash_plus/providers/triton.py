@@ -193,10 +193,9 @@ def _hopper_backward_reason(plain: AttentionInputs) -> str | None:
     """The same for the backward."""
     if settings.portable_kernels():
         return f"{settings.KERNELS}=portable"
-    from ..kernels.hopper import backward_launch, forward_launch
+    from ..kernels.hopper import backward_launch
 
-    # The versions of Triton are the forward's: Gluon is experimental.
-    return forward_launch.available_reason() or backward_launch.backward_reason(plain)
+    return backward_launch.backward_reason(plain)
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

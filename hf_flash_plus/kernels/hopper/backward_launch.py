@@ -16,7 +16,7 @@ from ... import settings
 from ...inputs import AttentionInputs
 from ...masks import AttentionMask
 from .. import launch, tiles
-from . import backward_config, backward_dq_launch
+from . import backward_config, backward_dq_launch, forward_launch
 from .backward_config import Config
 from .launching import Launch, Plan, descriptor, layout_reason, stride_classes
 
@@ -51,11 +51,15 @@ class Gradients(NamedTuple):
 
 
 @cache
-def _gluon_reason() -> str | None:
+def gluon_reason() -> str | None:
+    """Why the installed Triton cannot compile these kernels; None if it can."""
+    reason = forward_launch.gluon_reason()
+    if reason is not None:
+        return reason
     try:
         from . import backward  # noqa: F401
-    except (ImportError, AttributeError, TypeError) as error:
-        return f"this Triton has no Gluon for Hopper as needed ({error})"
+    except Exception as error:  # experimental: what is there may differ between builds of one version
+        return f"the Gluon of this Triton lacks something ({type(error).__name__}: {error})"
     return None
 
 
@@ -66,7 +70,7 @@ def _device_reason(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != 9:
         return f"needs compute capability 9.x, the device has {capability[0]}.{capability[1]}"
-    return _gluon_reason()
+    return gluon_reason()
 
 
 @cache

@@ -20,7 +20,7 @@ from hf_flash_plus.masks import CAUSAL, FULL, AttentionMask
 
 from .compiling import _BIN, TARGETS, _find, call, compiling_for
 
-if reason := backward_launch._gluon_reason():
+if reason := backward_launch.gluon_reason():
     pytest.skip(reason, allow_module_level=True)
 
 #: ptxas's warnings about matrix products that it makes wait for one another, by number and by word.

@@ -65,6 +65,8 @@ def gluon_reason() -> str | None:
 
 @cache
 def _device_reason(device: torch.device) -> str | None:
+    if device.type == "meta":  # `explain` asks about calls that have no data, for the device at hand
+        return forward_launch.available_reason() or gluon_reason()
     if device.type != "cuda" or torch.version.hip:
         return f"needs a Hopper GPU, not {device.type}"
     capability = torch.cuda.get_device_capability(device)

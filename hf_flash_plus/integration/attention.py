@@ -73,6 +73,17 @@ def flash_plus_attention(
         NotImplementedError: ``block_indices`` (block-sparse attention), or a call that no provider serves.
         ValueError: a mask that cannot be understood.
     """
+    short = (
+        query.shape[2] == 1
+        and block_indices is cache is position_bias is indices is sinks is s_aux is None
+        and not dropout
+        and not torch.compiler.is_compiling()
+        and decoding.plain(kwargs)
+    )
+    if short:
+        found = decoding.short_way(query, key, value, attention_mask, scaling, softcap)
+        if found is not None:
+            return found, None
     if block_indices is not None:
         raise NotImplementedError(
             "attn_implementation='flash_plus' does not compute block-sparse attention (block_indices); "
@@ -84,13 +95,7 @@ def flash_plus_attention(
         )
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     known = None
-    if (
-        seqlen_q == 1
-        and position_bias is indices is sinks is s_aux is None
-        and not dropout
-        and not torch.compiler.is_compiling()
-        and decoding.plain(kwargs)
-    ):
+    if short:
         known = decoding.candidate(
             module, query, key, value, attention_mask, scaling, sliding_window, softcap, is_causal
         )

@@ -17,15 +17,16 @@ serve.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import AttentionMask, intersect_intervals, window_intervals, with_intervals
+from ..providers.base import DecodingTicket
 
-_ATTRIBUTE = "_hf_flash_plus_mask"
+ATTRIBUTE = "_hf_flash_plus_mask"
 _WORD = 16
 
 
@@ -38,11 +39,13 @@ class Carried:
         one_document: the mask takes each row for one document (it is causal, perhaps windowed or chunked, over the
             keys of an empty cache); packed documents may still have to be told apart (see ``attention.py``).
         repack: makes the same mask for packed ``position_ids``; None where only an intersection is left to do.
+        tickets: of decoding steps with this mask (see ``decoding.py``).
     """
 
     mask: AttentionMask
     one_document: bool = False
     repack: Callable[[Tensor], AttentionMask] | None = None
+    tickets: dict[tuple[object, ...], DecodingTicket] = field(default_factory=dict)
 
 
 def _columns(seqlen_q: int, seqlen_k: int) -> int:
@@ -84,7 +87,7 @@ def encode(intervals: Tensor, key_mask: Tensor | None, key_holes: Tensor | None,
 
 def attach(carrier: Tensor, carried: Carried) -> Tensor:
     """The carrier itself, with what it holds riding along."""
-    setattr(carrier, _ATTRIBUTE, (carried, version(carrier)))
+    setattr(carrier, ATTRIBUTE, (carried, version(carrier)))
     return carrier
 
 
@@ -104,7 +107,7 @@ def attached(carrier: Tensor, seqlen_q: int) -> Carried | None:
     Raises:
         ValueError: the tensor was changed since.
     """
-    found = getattr(carrier, _ATTRIBUTE, None)
+    found = getattr(carrier, ATTRIBUTE, None)
     if found is None or carrier.shape[2] != seqlen_q:
         return None
     carried: Carried = found[0]

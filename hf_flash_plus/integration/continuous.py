@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import interface, kvcache
+from .. import interface, kvcache, ops
+from ..inputs import AttentionInputs, validate
+from ..masks import AttentionMask
+from ..providers import PROVIDERS
 
 #: The module of Transformers that decides whether block tables are used; imported with the first model that generates.
 _INITIALIZATION = "transformers.generation.continuous_batching.initialization"
@@ -150,6 +153,18 @@ def _by_block_table(
     k_cache, v_cache, table, cu_k = _pages(cache, module, key, value, window, kwargs)
     new_q, new_k, new_v = (x[0].transpose(0, 1)[:, None] for x in (query, key, value))
     requests = new_q.shape[0]
+    if _appends_in_one_launch(new_k, new_v, k_cache, v_cache, table):
+        from ..kernels.append import NO_WINDOW, append
+
+        intervals = append(new_k[:, 0], new_v[:, 0], k_cache, v_cache, table, cu_k, window or NO_WINDOW)
+        slots = table.shape[1] * k_cache.shape[1]
+        keys, values = (c.new_empty(()).expand(requests, slots, *c.shape[2:]) for c in (k_cache, v_cache))
+        scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+        mask = AttentionMask(row_intervals=intervals)
+        inputs = AttentionInputs(new_q, keys, values, scale, mask, float(softcap or 0.0), None, s_aux)
+        validate(inputs)
+        with torch.no_grad():
+            return ops.paged_attention(inputs, k_cache, v_cache, table, "continuous batching").out.transpose(0, 1)
     total = (cu_k[1 : requests + 1] - cu_k[:requests]).to(torch.int32)
     # Rows that only fill up a CUDA graph have no keys and no pages. They repeat the first request's write instead, so
     # that nothing depends on how many rows are real, which the host does not know.
@@ -169,6 +184,19 @@ def _by_block_table(
         s_aux=s_aux,
     )
     return out.transpose(0, 1)
+
+
+def _appends_in_one_launch(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor) -> bool:
+    """Whether our kernel can write the new tokens: on the current CUDA device, with the layouts that caches have."""
+    return (
+        k.is_cuda
+        and k.device.index == torch.cuda.current_device()
+        and all(t.device == k.device and t.dtype == k.dtype and t.stride(-1) == 1 for t in (k, v, k_cache, v_cache))
+        and table.dtype == torch.int32
+        and table.device == k.device
+        and table.stride(-1) == 1
+        and PROVIDERS["triton"].unavailable_reason() is None
+    )
 
 
 def _pages(

@@ -5,7 +5,8 @@ the key head, ``(query head of the group, query row)`` with the row varying fast
 splits divide the keys that the rows of the batch element really see (from flags or row intervals, read on the device),
 not the slots of the cache: a static cache that is mostly empty, a window or left padding leave no program idle. The
 program of a tile of rows that finishes last combines its splits by their log-sum-exps, in the order of the keys: no
-second launch, and the same bits every time.
+second launch, and the same bits every time. That needs counters that are zero before; where nobody can keep them (CUDA
+graphs), :func:`attention_decode_combine` does it in a launch of its own.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ def attention_decode(
     With PAGE_SIZE > 0, ``k`` and ``v`` are ``(pages, PAGE_SIZE, nheads_k, dim)``, their ``stride_b`` is a page's, and
     ``table`` ``(batch, pages of a row)`` says which page holds which keys. With more than one split, ``parts`` fp32
     ``(row tiles, n_splits, BLOCK_M, BLOCK_DV)`` and ``part_lse`` fp32 ``(row tiles, n_splits, BLOCK_M)`` are room for
-    the splits' results, and ``counters`` int32 ``(row tiles,)`` is zero before and after; else they are None.
+    the splits' results; else they are None. ``counters`` int32 ``(row tiles,)`` is zero before and after; without them
+    the splits are left for :func:`attention_decode_combine`.
     """
     FLOAT_BIAS: tl.constexpr = BIAS == BIAS_FLOAT
     BOOL_BIAS: tl.constexpr = BIAS == BIAS_BOOL
@@ -255,7 +257,7 @@ def attention_decode(
     nheads = nheads_k * group
     out_rows = ((batch * seqlen_q + rows) * nheads + heads) * V_HEAD_DIM
     lse_rows = (batch * nheads + heads) * seqlen_q + rows
-    if counters_ptr is None:
+    if parts_ptr is None:
         _store_rows(out_ptr, lse_ptr, out_rows, lse_rows, acc, lse, pair_ok, V_HEAD_DIM)
     else:
         local = tl.arange(0, BLOCK_M)
@@ -263,17 +265,18 @@ def attention_decode(
         slot = pid.to(tl.int64)
         tl.store(parts_ptr + slot * (BLOCK_M * BLOCK_DV) + tile_offsets, acc, mask=pair_ok[:, None])
         tl.store(part_lse_ptr + slot * BLOCK_M + local, lse)
-        # All threads' stores first, then one thread's release: whoever counts last acquires everybody's.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters_ptr + unit, 1, sem="acq_rel")
-        if arrived == n_splits - 1:
-            first_slot = unit.to(tl.int64) * n_splits
-            acc, lse = _combine(
-                parts_ptr + first_slot * (BLOCK_M * BLOCK_DV) + tile_offsets,
-                part_lse_ptr + first_slot * BLOCK_M + local, n_splits, pair_ok, BLOCK_M, BLOCK_DV,
-            )  # fmt: skip
-            _store_rows(out_ptr, lse_ptr, out_rows, lse_rows, acc, lse, pair_ok, V_HEAD_DIM)
-            tl.store(counters_ptr + unit, 0)
+        if counters_ptr is not None:
+            # All threads' stores first, then one thread's release: whoever counts last acquires everybody's.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(counters_ptr + unit, 1, sem="acq_rel")
+            if arrived == n_splits - 1:
+                first_slot = unit.to(tl.int64) * n_splits
+                acc, lse = _combine(
+                    parts_ptr + first_slot * (BLOCK_M * BLOCK_DV) + tile_offsets,
+                    part_lse_ptr + first_slot * BLOCK_M + local, n_splits, pair_ok, BLOCK_M, BLOCK_DV,
+                )  # fmt: skip
+                _store_rows(out_ptr, lse_ptr, out_rows, lse_rows, acc, lse, pair_ok, V_HEAD_DIM)
+                tl.store(counters_ptr + unit, 0)
 
 
 @triton.jit
@@ -317,3 +320,53 @@ def _combine(parts, part_lse, n_splits, pair_ok, BLOCK_M: tl.constexpr, BLOCK_DV
     safe_total = tl.where(total == 0.0, 1.0, total)
     lse = tl.where(total == 0.0, float("-inf"), top + tl.log(safe_total))
     return acc / safe_total[:, None], lse
+
+
+@triton.jit(do_not_specialize=("nheads_k", "group", "seqlen_q", "n_splits", "n_row_tiles"))
+def attention_decode_combine(
+    parts_ptr,
+    part_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    nheads_k,
+    group,
+    seqlen_q,
+    n_splits,
+    n_row_tiles,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """One row of ``out`` (and ``lse``) from its splits, where :func:`attention_decode` had no counters."""
+    pair = tl.program_id(0)
+    pairs = group * seqlen_q
+    batch_head, in_group = pair // pairs, pair % pairs
+    unit = batch_head * n_row_tiles + in_group // BLOCK_M
+    local = in_group % BLOCK_M
+    batch, k_head = (batch_head // nheads_k).to(tl.int64), batch_head % nheads_k
+    row, head = in_group % seqlen_q, k_head * group + in_group // seqlen_q
+    v_dims, some = tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_SPLITS)
+    first_slot = unit.to(tl.int64) * n_splits
+    top = float("-inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for base in range(0, n_splits, BLOCK_SPLITS):
+        inside = base + some < n_splits
+        slots = (first_slot + base + some) * BLOCK_M + local
+        lses = tl.load(part_lse_ptr + slots, mask=inside, other=float("-inf"))
+        parts = tl.load(parts_ptr + slots[:, None] * BLOCK_DV + v_dims[None, :], mask=inside[:, None], other=0.0)
+        new_top = tl.maximum(top, tl.max(lses, axis=0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay = tl.math.exp2((top - shift) * LOG2E)
+        weights = tl.math.exp2((lses - shift) * LOG2E)
+        total = total * decay + tl.sum(weights, axis=0)
+        acc = acc * decay + tl.sum(parts * weights[:, None], axis=0)
+        top = new_top
+    nheads = nheads_k * group
+    safe_total = tl.where(total == 0.0, 1.0, total)
+    out_row = ((batch * seqlen_q + row) * nheads + head) * V_HEAD_DIM
+    tl.store(out_ptr + out_row + v_dims, acc / safe_total, mask=v_dims < V_HEAD_DIM)
+    if lse_ptr is not None:
+        lse = tl.where(total == 0.0, float("-inf"), top + tl.log(safe_total))
+        tl.store(lse_ptr + (batch * nheads + head) * seqlen_q + row, lse)

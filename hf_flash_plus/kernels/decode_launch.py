@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import MAX_ROW_STRIDE, SHORT_QUERY, AttentionInputs
-from ..masks import AttentionMask
+from ..inputs import SHORT_QUERY, AttentionInputs
 from . import tiles
-from .decode import attention_decode
-from .launch import _NO_STRIDES, Call, Launch, Plan, Structure, _cdiv, _reusable, _strides, prepare
+from .decode import attention_decode, attention_decode_combine
+from .launch import _NO_STRIDES, Call, Launch, Plan, Structure, _cdiv, _reusable, _strides, prepare, raw_stream
 
 MAX_SPLITS = 128
 _WARPS = 4
@@ -97,36 +96,35 @@ def n_splits(programs: int, seqlen_k: int, block_n: int, slots: int) -> int:
 
 
 class Workspace(NamedTuple):
-    """Room for the splits' results, and the counters of finished splits, which every launch leaves at zero."""
+    """Room for the splits' results, and the counters of finished splits, which every launch leaves at zero; None where
+    a second launch combines them."""
 
     parts: Tensor
-    counters: Tensor
+    counters: Tensor | None
 
 
 _workspaces: dict[tuple[int | None, int], Workspace] = {}
 
 
-def _workspace(device: torch.device, n_floats: int, n_counters: int) -> Workspace:
-    """The workspace of a device and stream: launches in one stream follow one another, so they can share it.
+def stream_workspace(device: torch.device, n_floats: int, n_counters: int) -> Workspace:
+    """The workspace of a device and its current stream: launches in one stream follow one another and can share it.
 
-    A CUDA graph gets one of its own, whose counters it clears: its replays may run on any stream.
+    Not inside CUDA graphs, whose replays may run on any stream, nor where their memory is in use (while torch warms
+    compiled code up for them).
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return _new_workspace(device, n_floats, n_counters)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    key = (device.index, raw_stream(device.index) if device.type == "cuda" else 0)
     found = _workspaces.get(key)
-    if found is None or found.parts.numel() < n_floats or found.counters.numel() < n_counters:
+    if found is None or found.parts.numel() < n_floats or _n_counters(found) < n_counters:
         if len(_workspaces) > 64:  # streams come and go
             _workspaces.clear()
-        found = _workspaces[key] = _new_workspace(device, max(n_floats, 2**20), max(n_counters, 4096))
+        parts = torch.empty(max(n_floats, 2**20), dtype=torch.float32, device=device)
+        counters = torch.zeros(max(n_counters, 4096), dtype=torch.int32, device=device)
+        found = _workspaces[key] = Workspace(parts, counters)
     return found
 
 
-def _new_workspace(device: torch.device, n_floats: int, n_counters: int) -> Workspace:
-    return Workspace(
-        torch.empty(n_floats, dtype=torch.float32, device=device),
-        torch.zeros(n_counters, dtype=torch.int32, device=device),
-    )
+def _n_counters(space: Workspace) -> int:
+    return 0 if space.counters is None else space.counters.numel()
 
 
 def forward(inputs: AttentionInputs, block_table: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -154,8 +152,11 @@ def forward(inputs: AttentionInputs, block_table: Tensor | None = None) -> tuple
     splits = n_splits(programs, seqlen_k, recipe.plan.tile.block_n, recipe.slots)
     space = None
     if splits > 1:
-        space = _workspace(device, programs * splits * recipe.floats, programs)
+        # Nothing that outlives the call: it may be part of a CUDA graph, or of compiled code that is to become one.
+        space = Workspace(torch.empty(programs * splits * recipe.floats, dtype=torch.float32, device=device), None)
     decode_launch(call, recipe, out, lse, seqlen_k, splits, space, block_table).run()
+    if space is not None:
+        combine_launch(call.structure, recipe, out, lse, nheads_k, splits, space).run()
     return out, lse
 
 
@@ -232,81 +233,42 @@ def _launch(
         work: tuple[Tensor | None, ...] = (None, None, None)
     else:
         # The log-sum-exps lie behind the outputs, at a multiple of 16 floats: both pointers are aligned.
-        outputs = programs * splits * (recipe.floats - recipe.plan.tile.block_m)
-        work = (space.parts, space.parts[outputs:], space.counters)
+        work = (space.parts, space.parts[_n_outputs(recipe, programs, splits) :], space.counters)
     arguments = (*tensors, *work, *strides, *sizes, *numbers)
-    key = (tensors[0].device.index, *strides, *dtypes, tensors[4] is None, space is None)  # type: ignore[union-attr]
+    kind = (tensors[4] is None, work[0] is None, work[2] is None)
+    key = (tensors[0].device.index, *strides, *dtypes, *kind)  # type: ignore[union-attr]
     return Launch(recipe.plan, programs * splits, arguments, len(tensors) + 3, key)
 
 
-class Step:
-    """Later calls like one that was served already: the same but for their data and number of keys.
+def _n_outputs(recipe: Recipe, programs: int, splits: int) -> int:
+    """Floats of all splits' outputs in the workspace."""
+    return programs * splits * (recipe.floats - recipe.plan.tile.block_m)
 
-    What :func:`forward` finds out anew on each call is known here; in eager decoding the time of the host decides.
-    Made for calls of one row, whose mask is flags and row intervals, without any other feature but softcap.
-    """
 
-    def __init__(self, inputs: AttentionInputs) -> None:
-        call = prepare(inputs)
-        batch, _, nheads, head_dim = inputs.query.shape
-        nheads_k, self.v_head_dim = inputs.value.shape[2:]
-        self.recipe = _recipe(call.structure, nheads // nheads_k, 0)
-        self.query_shape = (batch, nheads, 1, head_dim)
-        self.key_shape = (batch, nheads_k)
-        self.device, self.dtype = inputs.query.device, inputs.query.dtype
-        self.programs = batch * nheads_k * self.recipe.row_tiles
-        mask = inputs.mask
-        self.masked = tuple(part is not None for part in (mask.row_intervals, mask.key_mask, mask.key_holes))
-        self.sizes = (nheads_k, nheads // nheads_k, 1)
-        # Not the call's own numbers: those are cut to its number of keys.
-        self.left = mask.window[0]
-        self.right = -1 if mask.causal else mask.window[1]
-        self.numbers = (float(inputs.softmax_scale), float(inputs.softcap))
+@cache
+def _combine_plan(s: Structure, block_m: int) -> Plan:
+    block_dv = tiles.padded(s.v_head_dim)
+    tile = tiles.Tile(block_m, max(4, min(32, 8192 // block_dv)), 2 if block_dv <= 64 else 4, 1)
+    options = {
+        "V_HEAD_DIM": s.v_head_dim,
+        "BLOCK_M": block_m,
+        "BLOCK_DV": block_dv,
+        "BLOCK_SPLITS": tile.block_n,
+        "num_warps": tile.num_warps,
+        "enable_fp_fusion": True,
+    }
+    return Plan(attention_decode_combine, tile, options, _reusable(s, attention_decode_combine))
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor | None:
-        """``out (batch, 1, nheads, v_head_dim)``; None where these tensors need the ordinary way."""
-        batch, nheads, _, head_dim = self.query_shape
-        seqlen_k = key.shape[2]
-        q_strides, k_strides, v_strides = query.stride(), key.stride(), value.stride()
-        intervals, key_mask, holes = mask.row_intervals, mask.key_mask, mask.key_holes
-        if (
-            query.shape != self.query_shape
-            or key.shape != (*self.key_shape, seqlen_k, head_dim)
-            or value.shape != (*self.key_shape, seqlen_k, self.v_head_dim)
-            or not q_strides[3] == k_strides[3] == v_strides[3] == 1
-            or max(k_strides[2], v_strides[2]) >= MAX_ROW_STRIDE
-            or seqlen_k == 0
-            or (intervals is not None, key_mask is not None, holes is not None) != self.masked
-        ):
-            return None
-        mask_strides: tuple[int | None, ...] = _NO_STRIDES[:6]
-        if intervals is not None:
-            if intervals.shape[1:] != (1, 2) or intervals.shape[0] not in (1, batch) or intervals.device != self.device:
-                return None
-            mask_strides = (*_strides(intervals), None, None, None)
-            if key_mask is not None:
-                if key_mask.shape != (batch, seqlen_k) or holes is None or holes.shape != (batch,):
-                    return None
-                mask_strides = (*mask_strides[:3], *_strides(key_mask), *_strides(holes))
-        left, right = min(self.left, seqlen_k + 1), min(self.right, seqlen_k + 1)
-        recipe, programs, device = self.recipe, self.programs, self.device
-        out = torch.empty((batch, 1, nheads, self.v_head_dim), dtype=self.dtype, device=device)
-        splits = n_splits(programs, seqlen_k, recipe.plan.tile.block_n, recipe.slots)
-        _launch(
-            recipe,
-            programs,
-            splits,
-            (query, key, value, out, None, intervals, key_mask, holes, None, None, None, None, None),
-            (
-                q_strides[0], q_strides[2], q_strides[1],
-                k_strides[0], k_strides[2], k_strides[1],
-                v_strides[0], v_strides[2], v_strides[1],
-                *mask_strides,
-                *_NO_STRIDES[:12],
-            ),
-            (*self.sizes, seqlen_k, splits, recipe.row_tiles, left, right),
-            self.numbers,
-            (None,),
-            _workspace(device, programs * splits * recipe.floats, programs) if splits > 1 else None,
-        ).run()  # fmt: skip
-        return out
+
+def combine_launch(
+    s: Structure, recipe: Recipe, out: Tensor, lse: Tensor | None, nheads_k: int, splits: int, space: Workspace
+) -> Launch:
+    """The launch that combines the splits, after one of :func:`decode_launch` without counters; a program per row."""
+    batch, seqlen_q, nheads, _ = out.shape
+    parts = space.parts
+    part_lse = parts[_n_outputs(recipe, batch * nheads_k * recipe.row_tiles, splits) :]
+    sizes = (nheads_k, nheads // nheads_k, seqlen_q, splits, recipe.row_tiles)
+    plan = _combine_plan(s, recipe.plan.tile.block_m)
+    return Launch(
+        plan, batch * seqlen_q * nheads, (parts, part_lse, out, lse, *sizes), 4, (out.device.index, lse is None)
+    )

@@ -56,8 +56,11 @@ def _launches(
     table = _meta(BATCH, KEYS // pages, dtype=torch.int32) if pages else None
     room = _meta(BATCH * KEY_HEADS * recipe.row_tiles * 8 * recipe.floats, dtype=torch.float32)
     space = decode_launch.Workspace(room, _meta(BATCH * KEY_HEADS * recipe.row_tiles, dtype=torch.int32))
+    stateless = space._replace(counters=None)
     return {
         "split": decode_launch.decode_launch(call, recipe, out, lse, KEYS, 8, space, table),
+        "parts": decode_launch.decode_launch(call, recipe, out, lse, KEYS, 8, stateless, table),
+        "combine": decode_launch.combine_launch(call.structure, recipe, out, lse, KEY_HEADS, 8, stateless),
         "whole": decode_launch.decode_launch(call, recipe, out, None, KEYS, 1, None, table),
     }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..inputs import MAX_ROW_STRIDE, AttentionInputs
 from ..masks import AttentionMask
 from .decode_launch import Workspace, _launch, _recipe, n_splits, stream_workspace
-from .launch import _NO_STRIDES, Launch, _strides, addresses, hooked, prepare, raw_stream
+from .launch import _NO_STRIDES, Launch, _strides, addresses, hooked, prepare, raw_stream, starter
 
 
 class Step:
@@ -112,13 +112,24 @@ class Ticket:
     launches, and addresses that are no multiples of 16.
     """
 
-    __slots__ = ("_capturing", "_compiled", "_current_device", "_device", "_like", "_n", "_rest", "_space", "_stream")
+    __slots__ = (
+        "_capturing",
+        "_current_device",
+        "_device",
+        "_first",
+        "_launcher",
+        "_like",
+        "_rest",
+        "_space",
+        "_stream",
+    )
 
     def __init__(
         self, launch: Launch, compiled: Any, pointers: tuple[int | None, ...], out: Tensor, space: Workspace | None
     ):
-        self._device, self._n, self._compiled = launch.key[0], launch.n_programs, compiled
+        self._device = launch.key[0]
         self._stream = raw_stream(self._device)
+        self._launcher, self._first = starter(compiled, launch.n_programs, self._stream)
         self._rest = (*pointers[4:], *launch.arguments[launch.tensors :], *launch.plan.constexprs)
         self._space = space  # keeps the memory that its addresses are of
         self._like = out
@@ -148,9 +159,5 @@ class Ticket:
         ):
             return None
         out = torch.empty_like(self._like)
-        compiled = self._compiled
-        compiled.run(
-            self._n, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            q, k, v, out.data_ptr(), *self._rest,
-        )  # fmt: skip
+        self._launcher(*self._first, q, k, v, out.data_ptr(), *self._rest)
         return out

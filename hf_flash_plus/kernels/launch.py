@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 
@@ -155,9 +156,23 @@ def start(compiled: Any, n_programs: int, device: int, arguments: tuple[Any, ...
     if hooked():
         compiled[n_programs, 1, 1](*arguments)
         return
+    launcher, first = starter(compiled, n_programs, raw_stream(device))
+    launcher(*first, *arguments)
+
+
+def starter(compiled: Any, n_programs: int, stream: int) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """What launches a compiled kernel, and the arguments that come before the kernel's own."""
     run = compiled.run  # first: it loads the binary
-    stream = raw_stream(device)
-    run(n_programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    grid = (n_programs, 1, 1, stream, compiled.function)
+    packed = (compiled.packed_metadata, None, None, None)
+    if _KNOWN_LAUNCHER and not (run.global_scratch_size or run.profile_scratch_size):
+        # What `run` itself would call, without the two closures that it makes to find no scratch memory needed.
+        return run.launch, (*grid, run.launch_cooperative_grid, run.launch_pdl, None, None, *packed)
+    return run, (*grid, *packed)
+
+
+#: Whether Triton's ``CudaLauncher`` is the one of version 3.6, whose inner function takes these arguments.
+_KNOWN_LAUNCHER = triton.__version__.startswith("3.6.") and torch.version.cuda is not None
 
 
 #: The handle of a device's current stream, without making an object of it. Only where torch is built for CUDA.

@@ -202,6 +202,44 @@ def test_a_changed_mask_is_an_error(device: Device) -> None:
         _call(mask, tensors)
 
 
+def test_the_launcher_of_triton_3_6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called without its wrapper, unless the kernel needs scratch memory that the wrapper finds."""
+
+    class Run:
+        global_scratch_size = profile_scratch_size = 0
+        launch_cooperative_grid, launch_pdl = "cooperative", "pdl"
+
+        def launch(self) -> None: ...
+
+    compiled = type("Compiled", (), {"run": Run(), "function": "function", "packed_metadata": "metadata"})()
+    assert launch.starter(compiled, 4, 7) == (
+        compiled.run,
+        (4, 1, 1, 7, "function", "metadata", None, None, None),
+    )
+    monkeypatch.setattr(launch, "_KNOWN_LAUNCHER", True)
+    assert launch.starter(compiled, 4, 7) == (
+        compiled.run.launch,
+        (4, 1, 1, 7, "function", "cooperative", "pdl", None, None, "metadata", None, None, None),
+    )
+    compiled.run.global_scratch_size = 16
+    assert launch.starter(compiled, 4, 7)[0] is compiled.run
+
+
+@pytest.mark.skipif(not launch.triton.__version__.startswith("3.6."), reason="about Triton 3.6")
+def test_the_launcher_of_triton_3_6_is_known() -> None:
+    """The inner function takes what `CudaLauncher.__call__` hands to it: as many arguments, in the same order."""
+    import inspect
+
+    from triton.backends.nvidia import driver
+
+    source = inspect.getsource(driver.CudaLauncher.__call__)
+    last = source[source.rindex("self.launch(") :]
+    assert "".join(last.split()) == (
+        "self.launch(gridX,gridY,gridZ,stream,function,self.launch_cooperative_grid,self.launch_pdl,"
+        "global_scratch,profile_scratch,*args)"
+    )
+
+
 def test_launches_are_seen_by_those_who_watch(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 

@@ -1,4 +1,4 @@
-"""The rarer ways to generate, each a function from a tiny model to tokens or logits; for the CPU's tests and the GPU's."""
+"""The rarer ways to generate, each a function from a tiny model to tokens or logits, for tests on any device."""
 
 from __future__ import annotations
 

@@ -11,17 +11,20 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import interface, kvcache, ops
+from .. import kvcache, ops
 from ..inputs import AttentionInputs, validate
-from ..masks import AttentionMask
+from ..masks import AttentionMask, PackedSequences, varlen_mask
 from ..providers import PROVIDERS
+from . import carrier
 
+_MEMO = "_hf_flash_plus_masks"
 #: The module of Transformers that decides whether block tables are used; imported with the first model that generates.
 _INITIALIZATION = "transformers.generation.continuous_batching.initialization"
 
@@ -112,22 +115,44 @@ def paged_attention(
         return out, None
     keys, values = _update(cache, module, key, value, window, kwargs)
     cu_q, cu_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
-    out = interface.flash_attn_varlen_func(
-        query[0].transpose(0, 1),
-        keys,
-        values,
-        cu_q.to(torch.int32),
-        cu_k.to(torch.int32),
-        query.shape[2],
-        keys.shape[0],
-        dropout_p=dropout,
-        softmax_scale=scaling,
-        causal=bool(getattr(module, "is_causal", True)),
-        window_size=(window - 1, 0) if window else (-1, -1),
-        softcap=softcap or 0.0,
-        s_aux=s_aux,
+    causal = bool(getattr(module, "is_causal", True))
+    mask = _mask(cu_q.to(torch.int32), cu_k.to(torch.int32), query.shape[2], keys.shape[0], causal, window)
+    inputs = AttentionInputs(
+        _last_contiguous(query.transpose(1, 2)),
+        _last_contiguous(keys[None]),
+        _last_contiguous(values[None]),
+        float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
+        mask,
+        float(softcap or 0.0),
+        None,
+        s_aux,
+        float(dropout),
     )
-    return out[None], None
+    validate(inputs)
+    return ops.attention(inputs, "continuous batching").out, None
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _mask(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, causal: bool, window: int | None) -> AttentionMask:
+    """The mask of a step, made by the first layer and kept with ``cu_q``, whose object lives as long as the step: the
+    torch operations that make it would be more than all the rest of a layer's."""
+    versions = carrier.version(cu_q), carrier.version(cu_k)
+    key = (*versions, total_q, total_k, causal, window)
+    compiling = torch.compiler.is_compiling()
+    known: list[tuple[tuple[object, ...], Tensor, AttentionMask]] = [] if compiling else getattr(cu_q, _MEMO, [])
+    for made_for, lengths, mask in known:
+        if made_for == key and lengths is cu_k:
+            return mask
+    bounds = (window - 1, 0) if window else (-1, -1)
+    mask = varlen_mask(cu_q, cu_k, total_q, causal=causal, window=bounds)
+    packed = PackedSequences(cu_q, cu_k, total_q, total_k, causal, bounds)
+    mask = replace(mask, packed=packed, row_positions=None)
+    if None not in versions and not compiling:  # else nobody would see that they changed
+        setattr(cu_q, _MEMO, [*known[-3:], (key, cu_k, mask)])
+    return mask
 
 
 def _by_block_table(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .primitives import (
     BIAS_BOOL,
@@ -110,6 +111,7 @@ def attention_decode(
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -129,6 +131,8 @@ def attention_decode(
     ADDED: tl.constexpr = HAS_ALIBI or HAS_SOFTCAP or FLOAT_BIAS
     PRECISE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
 
+    if EARLY and parts_ptr is not None and counters_ptr is None:
+        gdc_launch_dependents()  # the combination waits for all of this launch, but its own start is then behind it
     pid = tl.program_id(0)
     split = pid % n_splits
     unit = pid // n_splits
@@ -334,6 +338,7 @@ def attention_decode_combine(
     n_splits,
     n_row_tiles,
     V_HEAD_DIM: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
@@ -351,6 +356,8 @@ def attention_decode_combine(
     top = float("-inf")
     total = 0.0
     acc = tl.zeros([BLOCK_DV], tl.float32)
+    if EARLY:
+        gdc_wait()
     for base in range(0, n_splits, BLOCK_SPLITS):
         inside = base + some < n_splits
         slots = (first_slot + base + some) * BLOCK_M + local

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..inputs import MAX_ROW_STRIDE, AttentionInputs
 from ..masks import AttentionMask
-from .decode_launch import Workspace, _launch, _recipe, n_splits, stream_workspace
+from .decode_launch import Workspace, _launch, find_recipe, n_splits, stream_workspace
 from .launch import _NO_STRIDES, Launch, _strides, addresses, hooked, prepare, raw_stream, starter
 
 
@@ -31,7 +31,7 @@ class Step:
         call = prepare(inputs)
         batch, _, nheads, head_dim = inputs.query.shape
         nheads_k, self.v_head_dim = inputs.value.shape[2:]
-        self.recipe = _recipe(call.structure, nheads // nheads_k, 0)
+        self.recipe = find_recipe(call.structure, nheads // nheads_k, batch * nheads_k, 0)
         self.query_shape = (batch, nheads, 1, head_dim)
         self.key_shape = (batch, nheads_k)
         self.device, self.dtype = inputs.query.device, inputs.query.dtype
@@ -76,7 +76,7 @@ class Step:
         left, right = min(self.left, seqlen_k + 1), min(self.right, seqlen_k + 1)
         recipe, programs, device = self.recipe, self.programs, self.device
         out = torch.empty((batch, 1, nheads, self.v_head_dim), dtype=self.dtype, device=device)
-        splits = n_splits(programs, seqlen_k, recipe.plan.tile.block_n, recipe.slots)
+        splits = n_splits(programs, seqlen_k, recipe.plan.tile.block_n, recipe.cores)
         space = stream_workspace(device, programs * splits * recipe.floats, programs) if splits > 1 else None
         launch = _launch(
             recipe,

@@ -88,8 +88,9 @@ def test_tickets_equal_sdpa(kind: str, head_dim: int, tickets: list[bool]) -> No
                         query.float(), key.float(), value.float(), attn_mask=dense, enable_gqa=True
                     ).transpose(1, 2)
                 seen = dense.any(-1).view(batch, 1, 1, 1)
-                error = ((out.float() - want) * seen).nan_to_num(9.0).abs().max()
-                assert error < 1e-2, (batch, seqlen_k)
+                # A row that sees few keys has large values, which bf16 rounds to two or three digits.
+                out, want = (torch.where(seen, x.float(), 0.0) for x in (out, want))
+                torch.testing.assert_close(out, want, atol=5e-3, rtol=1e-2, msg=str((batch, seqlen_k)))
             assert sum(tickets) >= 2, "the first call may understand, the second prepare; the others have a ticket"
 
 

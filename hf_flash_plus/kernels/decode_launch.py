@@ -90,7 +90,7 @@ def _starts_early(s: Structure) -> bool:
 
 @cache
 def n_splits(programs: int, seqlen_k: int, block_n: int, cores: int) -> int:
-    """Into how many parts the keys are split: as many as there are multiprocessors for, a program each, with one tile of
+    """Into how many parts the keys are split: as many as there are multiprocessors for, a program each, with a tile of
     keys at least. Beyond that the parts only cost."""
     return max(1, min(cores // max(programs, 1), seqlen_k // block_n, MAX_SPLITS))
 

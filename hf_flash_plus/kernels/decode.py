@@ -130,6 +130,8 @@ def attention_decode(
     BOOL_BIAS: tl.constexpr = BIAS == BIAS_BOOL
     ADDED: tl.constexpr = HAS_ALIBI or HAS_SOFTCAP or FLOAT_BIAS
     PRECISE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    # A tile of keys lies in one page: its place is looked up once, not for each key.
+    ONE_PAGE: tl.constexpr = PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0
 
     if EARLY and parts_ptr is not None and counters_ptr is None:
         gdc_launch_dependents()  # the combination waits for all of this launch, but its own start is then behind it
@@ -175,7 +177,10 @@ def attention_decode(
             full_last = 0
     if BOOL_BIAS:
         full_last = 0
-    first = tl.minimum(first, last) // KEY_ALIGNMENT * KEY_ALIGNMENT
+    if ONE_PAGE:
+        first = tl.minimum(first, last) // BLOCK_N * BLOCK_N
+    else:
+        first = tl.minimum(first, last) // KEY_ALIGNMENT * KEY_ALIGNMENT
     # Splits are whole tiles, so that only the last one of the row is cut.
     tiles_per_split = tl.cdiv(tl.cdiv(last - first, BLOCK_N), n_splits)
     split_first = first + split * tiles_per_split * BLOCK_N
@@ -222,6 +227,12 @@ def attention_decode(
                 wide_key = first_key.to(tl.int64)
                 k_rows, v_rows = local_keys.to(tl.int64) * k_stride_s, local_keys.to(tl.int64) * v_stride_s
                 k_tile, v_tile = k_base + wide_key * k_stride_s, v_base + wide_key * v_stride_s
+            elif ONE_PAGE:
+                page = tl.load(table_ptr + first_key // PAGE_SIZE).to(tl.int64)
+                slot = (first_key % PAGE_SIZE).to(tl.int64)
+                k_rows, v_rows = local_keys.to(tl.int64) * k_stride_s, local_keys.to(tl.int64) * v_stride_s
+                k_tile = k_base + page * k_stride_b + slot * k_stride_s
+                v_tile = v_base + page * v_stride_b + slot * v_stride_s
             else:
                 page = tl.load(table_ptr + keys // PAGE_SIZE, mask=in_range, other=0).to(tl.int64)
                 k_rows = page * k_stride_b + (keys % PAGE_SIZE) * k_stride_s

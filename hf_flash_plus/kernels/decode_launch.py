@@ -72,7 +72,8 @@ def _decode_plan(s: Structure, tile: tiles.Tile, page_size: int) -> Plan:
         "BLOCK_D": tiles.padded(s.head_dim),
         "BLOCK_DV": tiles.padded(s.v_head_dim),
         "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
+        # The compiler gives the look-up of the page every other stage of the pipeline.
+        "num_stages": 2 * tile.num_stages - 1 if page_size else tile.num_stages,
         "enable_fp_fusion": True,
     }
     return Plan(attention_decode, tile, options, _reusable(s, attention_decode))

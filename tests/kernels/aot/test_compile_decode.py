@@ -85,6 +85,18 @@ def test_compiles_for_large_batches(batch: int) -> None:
             assert result.spilled <= 64, (name, result)
 
 
+@pytest.mark.parametrize("pages", (16, 256))
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_pages_are_loaded_ahead(head_dim: int, pages: int) -> None:
+    """As many tiles are on their way as of keys in one piece: the compiler must not give their stages to the table."""
+    with compiling_for("sm90"):
+        shared = [
+            compile_launch(_launches(torch.bfloat16, head_dim, head_dim, size, everything=False)["whole"]).shared
+            for size in (0, pages)
+        ]
+    assert shared[1] >= shared[0] - 1024
+
+
 @pytest.mark.parametrize("arch", ("sm80", "sm90"))
 def test_combination_starts_early_and_waits(arch: str) -> None:
     """On Hopper the second launch overlaps the first; only the two of them know of each other."""

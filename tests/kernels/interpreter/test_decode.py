@@ -75,7 +75,7 @@ def test_split_counts() -> None:
     assert SPLITS(1, 0, 64, 132) == 1
 
 
-@pytest.mark.parametrize("page_size", (16, 48))
+@pytest.mark.parametrize("page_size", (16, 48, 64))  # the interpreter's tiles are 32 keys: in one page of 64
 @pytest.mark.parametrize("seqlen_q", (1, 4))
 def test_pages(page_size: int, seqlen_q: int, monkeypatch) -> None:
     """``flash_attn_with_kvcache`` reads pages in place; slots behind the lengths hold NaN."""

@@ -286,8 +286,11 @@ def _packed(mask: AttentionMask, query: Tensor, key: Tensor, kwargs: dict[str, A
             f"cu_seq_lens_q describes one flattened row, but the batch is {query.shape[0]}; flatten the batch "
             "(DataCollatorWithFlattening), or pass position_ids that restart at every document."
         )
-    memo_key = (mask.causal, mask.window, query.shape[2], carrier.version(cu_q))
-    memo = None if torch.compiler.is_compiling() else getattr(cu_q, _MEMO, None)
+    memo_key: tuple[object, ...] = (mask.causal, mask.window, query.shape[2], carrier.version(cu_q))
+    memo = None
+    if not torch.compiler.is_compiling():
+        memo_key += (carrier.capturing(cu_q),)
+        memo = getattr(cu_q, _MEMO, None)
     if memo is not None and memo[0] == memo_key:
         result: AttentionMask = memo[1]
         return result

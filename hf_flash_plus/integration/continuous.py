@@ -116,6 +116,8 @@ def paged_attention(
     keys, values = _update(cache, module, key, value, window, kwargs)
     cu_q, cu_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
     causal = bool(getattr(module, "is_causal", True))
+    if getattr(module, "layer_idx", 0) == 0:
+        _forget_masks(cu_q)
     mask = _mask(cu_q.to(torch.int32), cu_k.to(torch.int32), query.shape[2], keys.shape[0], causal, window)
     inputs = AttentionInputs(
         _last_contiguous(query.transpose(1, 2)),
@@ -137,10 +139,14 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 
 def _mask(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, causal: bool, window: int | None) -> AttentionMask:
-    """The mask of a step, made by the first layer and kept with ``cu_q``, whose object lives as long as the step: the
-    torch operations that make it would be more than all the rest of a layer's."""
+    """The mask of a step, made by the first layer and kept with ``cu_q`` for the others: the torch operations that make
+    it would be more than all the rest of a layer's.
+
+    Transformers runs a step once and then captures it into a CUDA graph with the same tensors: what was made before the
+    capture is not part of the graph, and must not serve in it.
+    """
     versions = carrier.version(cu_q), carrier.version(cu_k)
-    key = (*versions, total_q, total_k, causal, window)
+    key = (*versions, total_q, total_k, causal, window, carrier.capturing(cu_q))
     compiling = torch.compiler.is_compiling()
     known: list[tuple[tuple[object, ...], Tensor, AttentionMask]] = [] if compiling else getattr(cu_q, _MEMO, [])
     for made_for, lengths, mask in known:
@@ -209,6 +215,11 @@ def _by_block_table(
         s_aux=s_aux,
     )
     return out.transpose(0, 1)
+
+
+def _forget_masks(cu_q: Tensor) -> None:
+    if not torch.compiler.is_compiling() and hasattr(cu_q, _MEMO):
+        delattr(cu_q, _MEMO)
 
 
 def _appends_in_one_launch(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor) -> bool:

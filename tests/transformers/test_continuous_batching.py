@@ -102,3 +102,14 @@ def test_the_mask_of_a_step_is_made_once() -> None:
         cu_q, cu_k = cu_q.clone(), cu_k.clone()
         first = continuous._mask(cu_q, cu_k, 5, 9, True, None)
         assert continuous._mask(cu_q, cu_k, 5, 9, True, None) is not first, "nobody counts changes there"
+
+
+def test_a_mask_made_before_a_capture_is_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph must make the mask anew at each replay; its other layers share what its first one makes."""
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+    before = continuous._mask(cu, cu, 5, 5, True, None)
+    monkeypatch.setattr("hf_flash_plus.integration.carrier.capturing", lambda _tensor: True)
+    inside = continuous._mask(cu, cu, 5, 5, True, None)
+    assert inside is not before and continuous._mask(cu, cu, 5, 5, True, None) is inside
+    continuous._forget_masks(cu)  # as the first layer does
+    assert continuous._mask(cu, cu, 5, 5, True, None) is not inside

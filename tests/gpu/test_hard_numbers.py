@@ -127,7 +127,7 @@ def test_131072_tokens(provider: str) -> None:
     assert all(g.isfinite().all() for g in grads)
     # dv of the last key is its weight in the last row only.
     weights = torch.softmax(((q[0, -1].double()[:, None] * k[0].double().transpose(0, 1)).sum(-1)) / 8, -1)[:, -1]
-    assert (grads[2][0, -1].double() - weights[:, None]).abs().max() < 1e-4
+    torch.testing.assert_close(grads[2][0, -1].double(), weights[:, None].expand(-1, 64), rtol=2e-2, atol=0)
 
 
 def test_1024_tiny_sequences(provider: str) -> None:
@@ -159,6 +159,7 @@ def test_more_batches_times_heads_than_65535(batch: int, heads: int, provider: s
     )
 
 
+@pytest.mark.exclusive
 def test_gradients_beyond_2_to_the_31_elements() -> None:
     """q, k, v and their gradients of 2.3e9 elements each: the last batch element equals itself alone."""
     if PROVIDERS["triton"].unavailable_reason():

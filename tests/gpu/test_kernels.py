@@ -6,10 +6,6 @@ after the other would take most of the time.
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
-import multiprocessing
-import os
 from dataclasses import replace
 
 import pytest
@@ -19,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import hf_flash_plus
 from hf_flash_plus.masks import AttentionMask, additive
 from hf_flash_plus.providers.triton import TritonProvider
+from tests.gpu.compiling import Compilation, unless_parallel
 from tests.kernels.cases import FEATURES, Case, build, check
 
 pytestmark = pytest.mark.gpu
@@ -82,15 +79,13 @@ def _compile(case: Case) -> None:
         warm_up(one)
 
 
+def compilations() -> list[Compilation]:
+    return [Compilation(case, _compile, (case,)) for case in CASES]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
-    jobs = int(os.environ.get("HF_FLASH_PLUS_COMPILE_JOBS", "8"))
-    if jobs > 1 and "PYTEST_XDIST_WORKER" not in os.environ:
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-            for future in [pool.submit(_compile, case) for case in CASES]:
-                with contextlib.suppress(Exception):  # the test itself will fail with it
-                    future.result()
+    unless_parallel(compilations())
 
 
 @pytest.fixture
@@ -134,6 +129,7 @@ def test_more_heads_than_65535() -> None:
     check(PROVIDER, Case((), 2, 3, 5, 40000, 40000, 16, 16, BF16), "cuda")
 
 
+@pytest.mark.exclusive
 def test_offsets_beyond_32_bits() -> None:
     """The last batch element lies behind 2^31 elements, of inputs and outputs."""
     q = torch.empty(23, 8192, 48, 256, device="cuda", dtype=BF16)  # 2.3e9 elements, 4.6 GB

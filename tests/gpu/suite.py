@@ -1,0 +1,88 @@
+"""Everything on the GPU in one command, into one record: what ``make gpu-test`` runs.
+
+    python -m tests.gpu.suite --output tests/gpu/record.json
+
+First the kernels are compiled in as many processes as there are cores; then the tests that can share the GPU, in
+parallel; then those that need it alone; then compute-sanitizer. A part that is cut off leaves what it had in the
+record, which says so. Options after ``--`` go to pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.gpu import recording
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RECORD = Path(__file__).with_name("record.json")
+PARTS = ("compile", "parallel", "exclusive", "sanitizer")
+
+
+def run(command: Sequence[str], seconds: float) -> int:
+    """A command's exit code; 124 where it took longer than it may."""
+    print(f"== {' '.join(command)}", flush=True)
+    try:
+        return subprocess.run([sys.executable, *command], cwd=ROOT, timeout=max(seconds, 1.0)).returncode
+    except subprocess.TimeoutExpired:
+        print(f"stopped after {seconds:.0f} s", flush=True)
+        return 124
+
+
+def save(output: Path, parts: list[dict[str, Any]], sanitizer: dict[str, Any] | None) -> None:
+    """The merged record so far."""
+    if not parts:
+        return
+    record = recording.merge(parts)
+    if sanitizer is not None:
+        record["sanitizer"] = sanitizer
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="all GPU tests, into one record")
+    parser.add_argument("--output", type=Path, default=RECORD)
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 4) - 2), help="processes")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--budget", type=float, default=3600.0, help="seconds for everything")
+    parser.add_argument("pytest", nargs="*", help="options of pytest, after --")
+    args = parser.parse_args(argv)
+    end = time.monotonic() + args.budget
+    chosen = args.parts.split(",")
+    common = ["-m", "pytest", "tests/gpu", "-q", "--tb=short", "--show-capture=no", "--durations=15", *args.pytest]
+    steps = {
+        "parallel": ["-m", "gpu and not exclusive", "-n", str(args.workers)],
+        # One worker, not none: a test that loses the CUDA context ends its process only.
+        "exclusive": ["-m", "gpu and exclusive", "-n", "1"],
+    }
+    codes, parts, sanitizer = [], [], None
+    with tempfile.TemporaryDirectory() as folder:
+        if "compile" in chosen:
+            codes.append(run(["-m", "tests.gpu.compiling", "--jobs", str(args.workers)], end - time.monotonic()))
+        for name, options in steps.items():
+            if name in chosen:
+                path = Path(folder, f"{name}.json")
+                codes.append(run([*common, *options, "--record-file", str(path)], end - time.monotonic()))
+                if path.exists():
+                    parts.append(json.loads(path.read_text()))
+                    save(args.output, parts, sanitizer)
+        if "sanitizer" in chosen:
+            path = Path(folder, "sanitizer.json")
+            codes.append(run(["-m", "tests.gpu.sanitizer", "--output", str(path)], end - time.monotonic()))
+            if path.exists():
+                sanitizer = json.loads(path.read_text())
+                save(args.output, parts, sanitizer)
+    return max(codes, default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,7 @@ process, and the others with ``-m "not exclusive"`` and as many as there are cor
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,9 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # with pytest-xdist only the controller sees all results
+        return
     path = config.getoption("--record-file", default=None)
-    if path and not hasattr(config, "workerinput"):  # with pytest-xdist only the controller sees all results
+    if path:
         config.pluginmanager.register(GpuRecord([Path(path)]), "hf_flash_plus_gpu_record")
+    if "HF_FLASH_PLUS_FUZZ_EXAMPLES" in os.environ:  # one seed for all processes, which share what they compile
+        os.environ.setdefault("HF_FLASH_PLUS_FUZZ_SEED", str(random.SystemRandom().randrange(2**32)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -84,7 +84,7 @@ class GpuRecord:
             "files": {name: dict(sorted(counts.items())) for name, counts in sorted(files.items())},
             "failures": self.failures,
             "skips": dict(self.skips.most_common()),
-            "random_calls": sorted(self.random_calls, key=lambda row: (row["provider"], row["kind"], row["seed"])),
+            "random_calls": sorted(self.random_calls, key=lambda row: (row["provider"], row["kind"], row["part"])),
         }
 
 

@@ -3,13 +3,14 @@
     python -m tests.gpu.suite --output tests/gpu/record.json
 
 First the kernels are compiled in as many processes as there are cores; then the tests that can share the GPU, in
-parallel; then those that need it alone; then compute-sanitizer. A part that is cut off leaves what it had in the
-record, which says so. Options after ``--`` go to pytest.
+parallel; then random calls; then the tests that need the GPU alone; then compute-sanitizer. A part that is cut off
+leaves what it had in the record, which says so. Options after ``--`` go to pytest.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -24,20 +25,41 @@ from tests.gpu import recording
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORD = Path(__file__).with_name("record.json")
-PARTS = ("compile", "parallel", "exclusive", "sanitizer")
+PARTS = ("compile", "parallel", "fuzz", "exclusive", "sanitizer")
+FUZZ = "tests/gpu/test_fuzz.py"
+
+
+def pytest_parts(workers: int, more: Sequence[str]) -> dict[str, list[str]]:
+    """The parts that pytest runs, as arguments of python."""
+    common = ["-m", "pytest", "-q", "--tb=short", "--show-capture=no", "--durations=15", *more]
+    limit = ["--timeout=300"] if importlib.util.find_spec("pytest_timeout") else []
+    but_fuzz = [*common, "tests/gpu", f"--ignore={FUZZ}", *limit]
+    return {
+        "parallel": [*but_fuzz, "-m", "gpu and not exclusive", "-n", f"{workers}"],
+        # Bounded by the number of examples: hypothesis takes an interruption for a failure, and shrinks it.
+        "fuzz": [*common, FUZZ, "-n", f"{workers}", "--dist", "worksteal"],
+        # One worker, not none: a test that loses the CUDA context ends its process only.
+        "exclusive": [*but_fuzz, "-m", "gpu and exclusive", "-n", "1"],
+    }
 
 
 def run(command: Sequence[str], seconds: float) -> int:
     """A command's exit code; 124 where it took longer than it may."""
-    print(f"== {' '.join(command)}", flush=True)
+    print(f"== python {' '.join(command)}", flush=True)
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
     try:
-        return subprocess.run([sys.executable, *command], cwd=ROOT, timeout=max(seconds, 1.0)).returncode
+        return process.wait(max(seconds, 1.0))
     except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
         print(f"stopped after {seconds:.0f} s", flush=True)
         return 124
 
 
-def save(output: Path, parts: list[dict[str, Any]], sanitizer: dict[str, Any] | None) -> None:
+def save(output: Path, parts: Sequence[dict[str, Any]], sanitizer: dict[str, Any] | None) -> None:
     """The merged record so far."""
     if not parts:
         return
@@ -53,34 +75,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 4) - 2), help="processes")
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--fuzz-examples", type=int, default=1200, help="of each kind of call and provider")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for everything")
     parser.add_argument("pytest", nargs="*", help="options of pytest, after --")
     args = parser.parse_args(argv)
     end = time.monotonic() + args.budget
     chosen = args.parts.split(",")
-    common = ["-m", "pytest", "tests/gpu", "-q", "--tb=short", "--show-capture=no", "--durations=15", *args.pytest]
-    steps = {
-        "parallel": ["-m", "gpu and not exclusive", "-n", str(args.workers)],
-        # One worker, not none: a test that loses the CUDA context ends its process only.
-        "exclusive": ["-m", "gpu and exclusive", "-n", "1"],
-    }
-    codes, parts, sanitizer = [], [], None
+    os.environ["HF_FLASH_PLUS_FUZZ_EXAMPLES"] = str(args.fuzz_examples)
+    os.environ.setdefault("HF_FLASH_PLUS_FUZZ_PARTS", "3")
+    codes: list[int] = []
+    records: list[dict[str, Any]] = []
+    sanitizer = None
     with tempfile.TemporaryDirectory() as folder:
         if "compile" in chosen:
-            codes.append(run(["-m", "tests.gpu.compiling", "--jobs", str(args.workers)], end - time.monotonic()))
-        for name, options in steps.items():
+            codes.append(run(["-m", "tests.gpu.compiling", "--jobs", f"{args.workers}"], end - time.monotonic()))
+        for name, command in pytest_parts(args.workers, args.pytest).items():
             if name in chosen:
                 path = Path(folder, f"{name}.json")
-                codes.append(run([*common, *options, "--record-file", str(path)], end - time.monotonic()))
+                codes.append(run([*command, "--record-file", str(path)], end - time.monotonic()))
                 if path.exists():
-                    parts.append(json.loads(path.read_text()))
-                    save(args.output, parts, sanitizer)
+                    records.append(json.loads(path.read_text()))
+                    save(args.output, records, sanitizer)
         if "sanitizer" in chosen:
             path = Path(folder, "sanitizer.json")
             codes.append(run(["-m", "tests.gpu.sanitizer", "--output", str(path)], end - time.monotonic()))
             if path.exists():
                 sanitizer = json.loads(path.read_text())
-                save(args.output, parts, sanitizer)
+                save(args.output, records, sanitizer)
     return max(codes, default=0)
 
 

@@ -83,6 +83,47 @@ def test_keys_that_no_row_sees_may_hold_anything(bad: float) -> None:
         torch.testing.assert_close(got, want, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
+@pytest.mark.parametrize("seqlen", [1, 300], ids=["decoding", "forward"])
+def test_a_bad_query_spoils_its_own_row_only(
+    seqlen: int, kernels: str, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other row is what it was, to the bit; the row itself is NaN, not an answer that looks like one."""
+    if PROVIDERS["triton"].unavailable_reason():
+        pytest.skip("needs our kernels")
+    monkeypatch.setenv("HF_FLASH_PLUS_KERNELS", kernels)
+    q, k, v = qkv(2, 300, 4, 64)
+    q = q[:, :seqlen].clone()
+    expected = attend("triton", q, k, v)
+    row = (1, seqlen // 2, 2)
+    q[(*row, 5)] = bad
+    got = attend("triton", q, k, v)
+    assert got[row].isnan().all()
+    spoiled = torch.zeros(2, seqlen, 4, dtype=torch.bool, device="cuda")
+    spoiled[row] = True
+    assert torch.equal(got[~spoiled], expected[~spoiled])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_slots_of_a_cache_that_nobody_wrote_may_hold_anything(bad: float, provider: str) -> None:
+    q, k, v = qkv(2, 300, 4, 64)
+    lengths = torch.tensor([211, 3], dtype=torch.int32, device="cuda")
+
+    def run() -> Tensor:
+        with use_provider(provider):
+            out: Tensor = hfp.flash_attn_with_kvcache(q[:, :1], k, v, cache_seqlens=lengths, causal=True)
+            return out
+
+    try:
+        expected = run()
+    except NotImplementedError:
+        pytest.skip("declines")
+    for b, length in enumerate(lengths.tolist()):
+        k[b, length:], v[b, length:] = bad, bad
+    torch.testing.assert_close(run(), expected)
+
+
 def test_no_row_sees_anything(provider: str) -> None:
     leaves = [t.requires_grad_() for t in qkv(2, 150, 4, 64)]
     out = attend(provider, *leaves, mask=AttentionMask(key_mask=torch.zeros(2, 150, dtype=torch.bool, device="cuda")))
@@ -134,16 +175,18 @@ def test_1024_tiny_sequences(provider: str) -> None:
     lengths = torch.randint(0, 4, (1024,), generator=torch.Generator().manual_seed(0))
     cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().cuda()
     total = int(cu[-1])
-    q, k, v = (t[0] for t in qkv(1, total, 4, 64))
+    q, k, v = (t[0].requires_grad_() for t in qkv(1, total, 4, 64))
     try:
         with use_provider(provider):
             out = hfp.flash_attn_varlen_func(q, k, v, cu, cu, 3, 3, causal=True)
     except NotImplementedError:
         pytest.skip("declines")
+    dout = torch.randn_like(out)
+    grads = {name: g[None] for name, g in zip("qkv", torch.autograd.grad(out, (q, k, v), dout))}
     owner = torch.repeat_interleave(torch.arange(1024), lengths).cuda()
     row = torch.arange(total, device="cuda")
     seen = (owner[:, None] == owner[None]) & (row[None] <= row[:, None])
-    judge(out[None], oracle.Dense(q[None], k[None], v[None], seen=seen[None, None]), None, None)
+    judge(out[None], oracle.Dense(q[None], k[None], v[None], seen=seen[None, None]), dout[None], grads)
 
 
 @pytest.mark.parametrize("batch, heads", [(1024, 80), (70000, 1)])

@@ -6,6 +6,7 @@ after the other would take most of the time.
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -67,6 +68,56 @@ LARGE = [
 ]
 CASES = list(dict.fromkeys([*SINGLE, *PAIRS, *DIMS, *WIDE, *MASKED_128, *LENGTHS, *LARGE]))
 
+#: For the names of features that a provider declares, those of the cases.
+DECLARED = {
+    "window": ("window", "left_window", "right_window"),
+    "intervals": ("packed", "documents", "left_padding", "intervals"),
+    "key_mask": ("key_mask", "holes"),
+    "bool_bias": ("bool_bias",),
+    "float_bias": ("bias", "head_bias", "key_bias"),
+    "alibi": ("alibi", "batch_alibi"),
+    "sinks": ("sinks",),
+    "row_sinks": ("row_sinks",),
+    "softcap": ("softcap",),
+    "dropout": ("dropout",),
+}
+
+
+def _drawn(number: int, seed: int = 20261125) -> list[Case]:
+    """Calls drawn from what the provider declares: dtypes, head dimensions up to its largest, heads, features."""
+    chance = random.Random(seed)
+    dtypes = sorted(PROVIDER.dtypes, key=str)
+    cases = []
+    for _ in range(number):
+        declared = chance.sample(sorted(DECLARED.keys() & PROVIDER.features), chance.randint(0, 3))
+        features = tuple(chance.choice(DECLARED[name]) for name in declared)
+        features = ("causal", *features) if chance.random() < 0.5 else features
+        multiple = PROVIDER.head_dim_multiple
+        dims = [multiple * chance.randint(1, chance.choice((64, 128, PROVIDER.max_head_dim)) // multiple) for _ in "qv"]
+        heads_k = chance.choice((1, 2, 3))
+        group = chance.choice((1, 2, 4)) if "gqa" in PROVIDER.features else 1
+        dims[1] = chance.choice(dims) if "v_head_dim" in PROVIDER.features else dims[0]
+        seqlen_q, seqlen_k = chance.randint(1, 400), chance.randint(20, 400)
+        batch = chance.randint(1, 3)
+        cases.append(Case(features, batch, seqlen_q, seqlen_k, heads_k * group, heads_k, *dims, chance.choice(dtypes)))
+    return cases
+
+
+DRAWN = _drawn(40)
+#: What every drawn call has, or what another test is for; ``packed`` calls reach these kernels as intervals.
+NOT_DRAWN = {"gqa", "v_head_dim", "lse", "grad", "bias_grad", "deterministic", "packed"}
+
+
+def test_drawing_covers_what_is_declared() -> None:
+    assert PROVIDER.features - DECLARED.keys() == NOT_DRAWN
+    assert {case.dtype for case in DRAWN} == PROVIDER.dtypes
+    assert {one for names in DECLARED.values() for one in names} <= {one for case in DRAWN for one in case.features}
+
+
+@pytest.mark.parametrize("case", DRAWN, ids=str)
+def test_calls_of_the_capability_data(case: Case) -> None:
+    check(PROVIDER, case, "cuda")
+
 
 def _compile(case: Case) -> None:
     """Compile a case's kernels into Triton's cache; runs in a worker process and launches nothing."""
@@ -80,7 +131,7 @@ def _compile(case: Case) -> None:
 
 
 def compilations() -> list[Compilation]:
-    return [Compilation(case, _compile, (case,)) for case in CASES]
+    return [Compilation(case, _compile, (case,)) for case in (*CASES, *DRAWN)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -118,11 +118,39 @@ def decode() -> Group:
     yield "pages", attend(pages, cache_seqlens=lengths, block_table=table, causal=True)
 
 
+def handshake() -> Group:
+    """A control: right, and synchronised as the Hopper kernels are."""
+    from tests.gpu import controls
+
+    def run() -> None:
+        given, taken = controls.hand_over(wait=True)
+        assert torch.equal(given, taken)
+
+    yield "with mbarriers", run
+
+
+def race() -> Group:
+    """A control: the same without waiting."""
+    from tests.gpu import controls
+
+    yield "without mbarriers", lambda: controls.hand_over(wait=False)
+
+
+def bounds() -> Group:
+    """A control: reads and writes behind a tensor's end."""
+    from tests.gpu import controls
+
+    yield "behind the end", controls.read_beyond
+
+
 GROUPS: dict[str, Callable[[], Group]] = {
     "portable": portable,
     "decode": decode,
     "hopper_forward": hopper_forward,
     "hopper_backward": hopper_backward,
+    "handshake": handshake,
+    "race": race,
+    "bounds": bounds,
 }
 
 #: Printed after each call that ended, so that the parent counts what the tool has seen.

@@ -31,16 +31,22 @@ FUZZ = "tests/gpu/test_fuzz.py"
 
 def pytest_parts(workers: int, more: Sequence[str]) -> dict[str, list[str]]:
     """The parts that pytest runs, as arguments of python."""
-    common = ["-m", "pytest", "-q", "--tb=short", "--show-capture=no", "--durations=15", *more]
+    common = ["-m", "pytest", "-q", "--tb=short", "--show-capture=no", "--durations=15"]
+    common += ["-p", "no:cacheprovider", "-p", "no:benchmark", "--dist", "worksteal", *more]
     limit = ["--timeout=300"] if importlib.util.find_spec("pytest_timeout") else []
     but_fuzz = [*common, "tests/gpu", f"--ignore={FUZZ}", *limit]
     return {
         "parallel": [*but_fuzz, "-m", "gpu and not exclusive", "-n", f"{workers}"],
         # Bounded by the number of examples: hypothesis takes an interruption for a failure, and shrinks it.
-        "fuzz": [*common, FUZZ, "-n", f"{workers}", "--dist", "worksteal"],
+        "fuzz": [*common, FUZZ, "-n", f"{workers}"],
         # One worker, not none: a test that loses the CUDA context ends its process only.
         "exclusive": [*but_fuzz, "-m", "gpu and exclusive", "-n", "1"],
     }
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 4
 
 
 def run(command: Sequence[str], seconds: float) -> int:
@@ -73,7 +79,7 @@ def save(output: Path, parts: Sequence[dict[str, Any]], sanitizer: dict[str, Any
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="all GPU tests, into one record")
     parser.add_argument("--output", type=Path, default=RECORD)
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 4) - 2), help="processes")
+    parser.add_argument("--workers", type=int, default=max(1, cores() - 2), help="processes")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--fuzz-examples", type=int, default=1200, help="of each kind of call and provider")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for everything")

@@ -141,7 +141,35 @@ def test_nothing_run_is_not_clean() -> None:
     assert sanitizer.read("memcheck", "portable", 0, "========= ERROR SUMMARY: 0 errors\n").status == "failed"
 
 
+RACY = """sanitized: a
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Read access at forward+0x170 in forward.py:550
+=========     and Write access at forward+0x15b10 in forward.py:618 [13 hazards]
+=========     and Write access at forward+0x15b20 in forward.py:618 [6 hazards]
+=========
+========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 1 warning)
+"""
+
+
 def test_races() -> None:
-    text = "sanitized: a\n========= RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warning)\n"
-    found = sanitizer.read("racecheck", "portable", 9, text)
-    assert (found.errors, found.warnings, found.status) == (2, 1, "errors")
+    found = sanitizer.read("racecheck", "portable", 9, RACY)
+    assert (found.errors, found.warnings, found.status, found.good) == (2, 1, "errors", False)
+    assert found.races == {"Read forward.py:550, Write forward.py:618": 2}
+
+
+@pytest.mark.parametrize("misled", [False, True])
+def test_a_tool_is_believed_as_far_as_its_controls_go(misled: bool) -> None:
+    """Errors in kernels with mbarriers count unless a right kernel with mbarriers has them, too; all others do."""
+    clean = "sanitized: a\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+    texts = {"race": RACY, "handshake": RACY if misled else clean, "portable": RACY, "hopper_forward": RACY}
+    found = [sanitizer.read("racecheck", group, 9 if text is RACY else 0, text) for group, text in texts.items()]
+    sanitizer.weigh(found)
+    verdicts = {one.group: (one.status, one.good) for one in found}
+    assert verdicts["race"] == ("errors", True) and verdicts["portable"] == ("errors", False)
+    assert verdicts["handshake"] == (("inconclusive", True) if misled else ("clean", True))
+    assert verdicts["hopper_forward"] == (("inconclusive", True) if misled else ("errors", False))
+
+
+def test_a_planted_fault_that_is_not_found_is_no_success() -> None:
+    found = sanitizer.read("memcheck", "bounds", 0, "sanitized: a\n========= ERROR SUMMARY: 0 errors\n")
+    assert found.status == "clean" and not found.good

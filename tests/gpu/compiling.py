@@ -23,6 +23,15 @@ class Compilation(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+def kind_of_mask(features: Sequence[str]) -> str:
+    """Which kind of mask the Hopper kernels are compiled for, by the features of a case."""
+    if {"packed", "documents", "left_padding", "intervals", "one_interval", "nothing"} & set(features):
+        return "intervals"
+    if {"window", "left_window"} & set(features):
+        return "left"
+    return "right" if {"causal", "right_window"} & set(features) else "full"
+
+
 def _do(work: Sequence[Compilation]) -> None:
     for one in work:
         with contextlib.suppress(Exception):  # the test itself will fail with it

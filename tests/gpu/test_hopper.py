@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_flash_plus.inputs import AttentionInputs
 from hf_flash_plus.kernels.hopper import forward_launch
 from hf_flash_plus.masks import AttentionMask
-from tests.gpu.compiling import Compilation, unless_parallel
+from tests.gpu.compiling import Compilation, kind_of_mask, unless_parallel
 from tests.kernels.cases import REFERENCE, Built, Case, assert_within, build, eager, poisoned_allocations
 
 pytestmark = pytest.mark.gpu
@@ -165,13 +165,14 @@ for features in ((), ("causal",), ("packed",)):
 
 
 def compilations() -> list[Compilation]:
-    """One case for each kernel: lengths beside a tile's edge compile other ones."""
-    variants = {}
+    """By what kernels differ in: lengths beside a tile's edge compile other ones."""
+    work = []
     for case in CASES:
-        features = frozenset(case.features) - {"window", "right_window"}
         tail = case.seqlen_k % 128 == 0, (case.seqlen_k - case.seqlen_q) % 128 == 0, case.seqlen_k <= 1024
-        variants.setdefault((features, case.head_dim, case.v_head_dim, case.dtype, tail), case)
-    return [Compilation(key, compile_case, (case,)) for key, case in variants.items()]
+        terms = "softcap" in case.features, "sinks" in case.features
+        key = (kind_of_mask(case.features), terms, case.head_dim, case.v_head_dim, case.dtype, tail)
+        work.append(Compilation(key, compile_case, (case,)))
+    return work
 
 
 def _first_calls() -> str:

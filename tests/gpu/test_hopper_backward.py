@@ -19,7 +19,7 @@ import torch
 from hf_flash_plus.kernels.hopper import backward_config, backward_launch
 from hf_flash_plus.providers.base import AttentionGradients
 from hf_flash_plus.providers.triton import TritonProvider, _sinks_gradient
-from tests.gpu.compiling import Compilation, unless_parallel
+from tests.gpu.compiling import Compilation, kind_of_mask, unless_parallel
 from tests.kernels.cases import Case, build, check
 
 pytestmark = pytest.mark.gpu
@@ -125,11 +125,13 @@ def _compile(case: Case, mode: str) -> None:
 
 
 def compilations() -> list[Compilation]:
+    """By what main kernels differ in; the two modes without dq in them share one."""
     work = []
-    for mode in MODES:
-        for case in CASES:
-            dims = backward_config.block_d(case.head_dim, case.v_head_dim), case.dtype
-            work.append(Compilation((mode, frozenset(case.features), dims), _compile, (case, mode)))
+    for case in CASES:
+        dim = backward_config.block_d(case.head_dim, case.v_head_dim)
+        for mode in MODES:
+            structure = (kind_of_mask(case.features), "softcap" in case.features, case.dtype)
+            work.append(Compilation((mode == "unordered", dim, *structure), _compile, (case, mode)))
     return work
 
 

@@ -260,6 +260,7 @@ def test_checkpoint_with_dropout() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.exclusive  # the other processes would each take memory for a context on every device
 def test_other_device_than_current() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -11,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import hf_flash_plus as hfp
-from hf_flash_plus import AttentionMask, use_provider
+from hf_flash_plus import AttentionMask, patch_model, unpatch_model, use_provider
 from hf_flash_plus.checks import compare, isolate
 from hf_flash_plus.checks.compare import CRASH, OK
 from hf_flash_plus.providers import PROVIDERS
 from tests.gpu import crashing
+from tests.transformers.test_parallel import Attended
+from tests.transformers.tiny import build, ids
 
 pytestmark = pytest.mark.gpu
 
@@ -195,6 +200,33 @@ def test_every_device(provider: str) -> None:
         assert torch.cuda.current_device() == 0
         assert all(t.device.index == index for t in got)
         assert all(torch.equal(a.cpu(), b) for a, b in zip(got, expected))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_dataloader_workers_beside_a_gpu(method: str) -> None:
+    """Workers compute attention on the CPU while their parent, forked after its first kernel, goes on with the GPU."""
+    expected = step(qkv())
+    model = build("llama")
+    patch_model(model)
+    dataset = Attended(model)
+    wanted = [dataset[i] for i in range(len(dataset))]
+    loader = DataLoader(dataset, batch_size=1, num_workers=1, multiprocessing_context=method, timeout=120)
+    for got, want in zip(loader, wanted, strict=True):
+        torch.testing.assert_close(got[0], want, atol=1e-6, rtol=1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(step(qkv()), expected))
+
+
+def test_copies_of_a_patched_model() -> None:
+    model = build("llama").cuda().bfloat16()
+    patch_model(model)
+    with torch.no_grad():
+        expected = model(input_ids=ids().cuda()).logits
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert twin.config._attn_implementation == "flash_plus"
+            assert torch.equal(twin(input_ids=ids().cuda()).logits, expected)
+            unpatch_model(twin)
+            assert twin.config._attn_implementation == "eager"
+        assert model.config._attn_implementation == "flash_plus"
 
 
 # --- graphs and modes ---

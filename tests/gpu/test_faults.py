@@ -42,10 +42,10 @@ def qkv(seqlen: int = 300, seed: int = 0, device: str = "cuda") -> list[Tensor]:
     return [torch.randn(2, seqlen, 4, 64, device=device).bfloat16().requires_grad_() for _ in range(3)]
 
 
-def step(leaves: list[Tensor], provider: str = "triton") -> list[Tensor]:
+def step(leaves: list[Tensor], provider: str = "triton", deterministic: bool = True) -> list[Tensor]:
     """Output and gradients, repeatable to the bit."""
     with use_provider(provider):
-        out = hfp.attention(*leaves, CAUSAL, deterministic=True)
+        out = hfp.attention(*leaves, CAUSAL, deterministic=deterministic)
     return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
 
@@ -193,13 +193,15 @@ def test_every_device(provider: str) -> None:
     """Training on a device that is not the current one, with the results of the current one."""
     if PROVIDERS[provider].unavailable_reason():
         pytest.skip("cannot be used")
-    expected = [t.cpu() for t in step(qkv(), provider)]
+    ordered = provider != "torch_sdpa"  # torch's own adds gradients in any order
+    expected = [t.cpu() for t in step(qkv(), provider, ordered)]
     for index in range(1, torch.cuda.device_count()):
         leaves = [t.detach().to(f"cuda:{index}").requires_grad_() for t in qkv()]
-        got = step(leaves, provider)
+        got = step(leaves, provider, ordered)
         assert torch.cuda.current_device() == 0
         assert all(t.device.index == index for t in got)
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(got, expected))
+        for a, b in zip(got, expected):
+            torch.testing.assert_close(a.cpu(), b, **({"atol": 0, "rtol": 0} if ordered else {}))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -205,6 +205,10 @@ def test_page_mentions_other_records() -> None:
     page = render(base, {"coverage-x.json": other})
     assert "[`coverage-x.json`](tests/transformers/coverage-x.json)" in page and "cuda (H)" in page
     assert "- `a`: forward refused (n\\|o)" in page
+    assert "eager in bfloat16" not in page
+    half = Record({**other.header, "dtype": "bfloat16"}, [Row("a", "vision", "A", True, providers=["triton"])])
+    page = render(base, {"coverage-y.json": half})
+    assert "eager in bfloat16" in page and "`triton` in 1" in page
     assert "Other versions" not in render(base)
 
 
@@ -227,6 +231,24 @@ def test_low_precision_is_bounded_by_eager() -> None:
     row = run_row("llama", ["forward", "left", "gradients", "generate"], Settings(dtype=torch.bfloat16))
     assert row.calls and {cell.outcome for cell in row.cells.values()} == {EXACT}
     assert all(cell.eager > 1e-4 for cell in row.cells.values())
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_wrong_decoding_step_shows_in_low_precision(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step is right, and tokens chosen by wrong logits would differ: the same ones are put in."""
+    from transformers.modeling_utils import AttentionInterface
+
+    from hf_flash_plus.integration.attention import flash_plus_attention
+
+    def wrong(module, query, *args, **kwargs):  # type: ignore[no-untyped-def]
+        out, weights = flash_plus_attention(module, query, *args, **kwargs)
+        return (out * 1.5 if query.shape[2] == 1 else out), weights
+
+    if broken:
+        monkeypatch.setitem(AttentionInterface._global_mapping, "flash_plus", wrong)
+    row = run_row("llama", ["generate", "static"], Settings(dtype=torch.bfloat16))
+    expected = DIFFERENT if broken else EXACT
+    assert {name: cell.outcome for name, cell in row.cells.items()} == {"generate": expected, "static": expected}
 
 
 def test_refused_models_keep_their_attention() -> None:

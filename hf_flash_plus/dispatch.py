@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
 from . import settings
 from .inputs import AttentionInputs, CallSignature
 from .providers import PROVIDERS, Provider
+from .providers.base import torch_is_deterministic
 
 logger = logging.getLogger("hf_flash_plus")
 
@@ -109,7 +108,7 @@ def select_provider(signature: CallSignature) -> Selection:
         ValueError: an environment variable or :func:`use_provider` names no provider, or is no boolean.
     """
     # What torch was told counts for those that rely on it, see torch_sdpa.
-    ordered = signature.deterministic and torch.are_deterministic_algorithms_enabled()
+    ordered = signature.deterministic and torch_is_deterministic()
     key = (signature, settings.use_flaggems(), settings.forced_provider(), ordered)
     found = _cache.get(key)
     if found is None:

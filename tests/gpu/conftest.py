@@ -69,7 +69,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """A process whose CUDA context is lost would fail every test that follows: it ends, and xdist starts another."""
     result = yield
-    if item.stash.get(_FAILED, False) and "PYTEST_XDIST_WORKER" in os.environ and not device_answers():
+    if item.stash.get(_FAILED, False) and hasattr(item.config, "workerinput") and not device_answers():
         print(f"\n{item.nodeid}: the device is lost to this process", file=sys.__stderr__, flush=True)
         os._exit(1)
     return result
@@ -90,12 +90,12 @@ Once = Callable[[str, Callable[[], str]], str]
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+def once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Once:
     """Run something once for all processes of pytest-xdist: the first does it, the others wait and get its words."""
     from filelock import FileLock  # torch needs it
 
     root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    root = root.parent if hasattr(request.config, "workerinput") else root
 
     def run(name: str, work: Callable[[], str]) -> str:
         said = root / f"{name}.txt"

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import torch
 
 HERE = Path(__file__).parent
 #: Seconds after which a running record is written again.
-SAVE_EVERY = 5.0
-#: Characters of a failure's last line that a record keeps.
+SAVE_EVERY = 1.0
+#: Characters of a line of a failure that a record keeps.
 KEPT = 300
 VERSIONS = ("python", "torch", "cuda", "triton", "transformers", "flag_gems", "hf_flash_plus")
 
@@ -52,7 +53,7 @@ class GpuRecord:
         if outcome in ("skipped", "xfailed"):
             self.skips[reason(report)] += 1
         self.random_calls += [value for name, value in report.user_properties if name == "random_calls"]
-        if time.monotonic() - self.saved > SAVE_EVERY:
+        if outcome in ("failed", "error") or time.monotonic() - self.saved > SAVE_EVERY:
             self.save(None)
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
@@ -88,6 +89,7 @@ class GpuRecord:
         }
 
 
+@cache
 def where() -> dict[str, Any]:
     """When, on what, and with which versions."""
     from hf_flash_plus.bench import environment
@@ -125,7 +127,7 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     statuses = [0 if record["exit_status"] == 5 else record["exit_status"] for record in records]
     return {
         **{name: first[name] for name in ("date", "gpu", "driver", "commit", "versions")},
-        "commands": [record["command"] for record in records],
+        "commands": [command for record in records for command in record.get("commands") or [record["command"]]],
         "complete": all(record["complete"] for record in records),
         "exit_status": None if None in statuses else max(statuses),
         "duration_s": round(sum(record["duration_s"] for record in records), 1),
@@ -150,8 +152,8 @@ def brief(report: pytest.TestReport) -> str:
     """The line that says what failed."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = str(crash.message if crash is not None else report.longrepr).strip()
-    lines = [line for line in text.splitlines() if line.strip()] or ["no message"]
-    return " / ".join(lines[:3])[:KEPT]
+    lines = [line.strip()[:KEPT] for line in text.splitlines() if line.strip()] or ["no message"]
+    return " / ".join(lines if len(lines) < 4 else [lines[0], "...", *lines[-2:]])
 
 
 def reason(report: pytest.TestReport) -> str:

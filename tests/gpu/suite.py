@@ -4,7 +4,8 @@
 
 First the kernels are compiled in as many processes as there are cores; then the tests that can share the GPU, in
 parallel; then random calls; then the tests that need the GPU alone; then compute-sanitizer. A part that is cut off
-leaves what it had in the record, which says so. Options after ``--`` go to pytest.
+leaves what it had in the record, which says so. ``--parts`` chooses some, ``--with-part`` adds the record of others.
+Options after ``--`` go to pytest.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=max(1, cores() - 2), help="processes")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--fuzz-examples", type=int, default=1200, help="of each kind of call and provider")
+    parser.add_argument("--with-part", type=Path, action="append", default=[], help="a record of other parts to add")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for everything")
     parser.add_argument("pytest", nargs="*", help="options of pytest, after --")
     args = parser.parse_args(argv)
@@ -90,8 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["HF_FLASH_PLUS_FUZZ_EXAMPLES"] = str(args.fuzz_examples)
     os.environ.setdefault("HF_FLASH_PLUS_FUZZ_PARTS", "3")
     codes: list[int] = []
-    records: list[dict[str, Any]] = []
-    sanitizer = None
+    # Parts may run on several GPUs at once, and be put together by the last, or by a run of no part.
+    records: list[dict[str, Any]] = [json.loads(path.read_text()) for path in args.with_part]
+    sanitizer = next((record.pop("sanitizer") for record in records if "sanitizer" in record), None)
+    save(args.output, records, sanitizer)
     with tempfile.TemporaryDirectory() as folder:
         if "compile" in chosen:
             codes.append(run(["-m", "tests.gpu.compiling", "--jobs", f"{args.workers}"], end - time.monotonic()))

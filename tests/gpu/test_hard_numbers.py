@@ -85,7 +85,7 @@ def test_keys_that_no_row_sees_may_hold_anything(bad: float) -> None:
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window", "documents"])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_deterministic_gradients(dim: int, mask: str, provider: str) -> None:
+def test_deterministic_gradients(dim: int, mask: str, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty times the same bits from everyone who says that it can; long enough for many parts to be added up."""
     leaves = [t.requires_grad_() for t in qkv(2, 1100, 8, dim)]
     rows = torch.arange(1100, dtype=torch.int32, device="cuda")
@@ -97,7 +97,8 @@ def test_deterministic_gradients(dim: int, mask: str, provider: str) -> None:
         "documents": AttentionMask(row_intervals=documents),
     }[mask]
     dout = torch.randn_like(leaves[0])
-    torch.use_deterministic_algorithms(provider == "torch_sdpa", warn_only=True)  # it relies on that, and says so
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(provider == "torch_sdpa")  # it relies on that, and says so
     try:
         first: list[Tensor] = []
         for _ in range(20):
@@ -150,9 +151,17 @@ def test_slots_of_a_cache_that_nobody_wrote_may_hold_anything(bad: float, provid
     torch.testing.assert_close(run(), expected)
 
 
-def test_no_row_sees_anything(provider: str) -> None:
+@pytest.mark.parametrize("kind", ["key mask", "boolean", "additive", "intervals"])
+def test_no_row_sees_anything(kind: str, provider: str) -> None:
     leaves = [t.requires_grad_() for t in qkv(2, 150, 4, 64)]
-    out = attend(provider, *leaves, mask=AttentionMask(key_mask=torch.zeros(2, 150, dtype=torch.bool, device="cuda")))
+    nothing = torch.zeros(2, 150, dtype=torch.bool, device="cuda")
+    mask = {
+        "key mask": AttentionMask(key_mask=nothing),
+        "boolean": AttentionMask(bias=nothing[:, None, None].expand(2, 1, 150, 150)),
+        "additive": AttentionMask(bias=torch.full((1, 1, 150, 150), -math.inf, dtype=BF16, device="cuda")),
+        "intervals": AttentionMask(row_intervals=torch.zeros(1, 150, 2, dtype=torch.int32, device="cuda")),
+    }[kind]
+    out = attend(provider, *leaves, mask=mask)
     grads = torch.autograd.grad(out.sum(), leaves)
     assert (out == 0).all() and all((g == 0).all() for g in grads)
 

@@ -106,6 +106,8 @@ def test_merging() -> None:
     assert merged["files"] == {"test_a.py": {"failed": 1, "passed": 3}, "test_b.py": {"error": 1}}
     assert (merged["passed"], merged["failed"], merged["exit_status"]) == (3, 2, 1)
     assert merged["complete"] and merged["duration_s"] == 4.5 and merged["skips"] == {"why": 2}
+    again = recording.merge([merged, _record()])
+    assert again["passed"] == 5 and again["commands"] == ["pytest"] * 4, "what was merged can be merged again"
     cut = recording.merge([_record(), _record(complete=False, exit_status=None)])
     assert not cut["complete"] and cut["exit_status"] is None
 
@@ -119,6 +121,15 @@ def test_the_suite_leaves_no_test_out() -> None:
         assert (suite.FUZZ in arguments) == (name == "fuzz") and ("tests/gpu" in arguments) == (name != "fuzz")
         assert f"--ignore={suite.FUZZ}" in arguments or name == "fuzz"
     assert set(parts) < set(suite.PARTS) and Path(ROOT, suite.FUZZ).exists()
+
+
+def test_parts_of_several_runs(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(_record()))
+    (tmp_path / "b.json").write_text(json.dumps(_record(sanitizer={"findings": []})))
+    added = [option for name in "ab" for option in ("--with-part", str(tmp_path / f"{name}.json"))]
+    assert suite.main(["--parts", "", "--output", str(tmp_path / "all.json"), *added]) == 0
+    record = json.loads((tmp_path / "all.json").read_text())
+    assert record["passed"] == 4 and record["sanitizer"] == {"findings": []}
 
 
 REPORTS = {

@@ -29,6 +29,8 @@ def test_deterministic_gradients_are_promised_where_torch_was_told() -> None:
     assert not provider.not_supported_reasons(on_cpu)
     assert any("any order" in reason for reason in provider.not_supported_reasons(on_gpu))
     assert not provider.not_supported_reasons(on_gpu._replace(needs_grad=False))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert provider.not_supported_reasons(on_gpu), "it warns, and uses the others"
     torch.use_deterministic_algorithms(True)
     assert not provider.not_supported_reasons(on_gpu)
 
@@ -42,6 +44,52 @@ def test_the_choice_follows_what_torch_was_told(monkeypatch: pytest.MonkeyPatch)
     assert dispatch.select_provider(signature).provider.name == "torch_sdpa"
     torch.use_deterministic_algorithms(False)
     assert dispatch.select_provider(signature).provider.name == "reference"
+
+
+ODD_ROWS = torch.tensor([[True] * 6, [False] * 6] * 3)
+EMPTY = {
+    "key mask": AttentionMask(key_mask=torch.tensor([[True] * 3 + [False] * 3, [False] * 6])),
+    "boolean": AttentionMask(bias=torch.tensor([[True] * 6, [False] * 6] * 3)[None, None]),
+    "additive": AttentionMask(
+        bias=torch.where(torch.tensor([[True] * 6, [False] * 6] * 3), 0.5, -torch.inf)[None, None]
+    ),
+    "fewer keys than queries": AttentionMask(causal=True),
+}
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 6])
+@pytest.mark.parametrize("name", EMPTY)
+def test_rows_that_see_nothing(name: str, seqlen_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where SDPA gives whatever it likes to such rows: 0, no gradients, and nothing else changes."""
+    mask = EMPTY[name]
+    if seqlen_q == 1 and mask.bias is not None:
+        mask = AttentionMask(bias=mask.bias[:, :, 1:2])
+    seqlen_k = 4 if name.startswith("fewer") and seqlen_q > 1 else 6
+    leaves = [
+        torch.randn(2, length, n, 8, requires_grad=True) for length, n in ((seqlen_q, 4), (seqlen_k, 2), (seqlen_k, 2))
+    ]
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def run() -> list[torch.Tensor]:
+        with use_provider("torch_sdpa"):
+            out = hfp.attention(*leaves, mask)
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+    def mean_instead_of_zero(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: object, **options: object):  # type: ignore[no-untyped-def]
+        out = real(q, k, v, attn_mask=attn_mask, **options)
+        nothing = torch.zeros(1) == 1
+        if isinstance(attn_mask, torch.Tensor):
+            seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+            nothing = ~seen.any(-1, keepdim=True)
+        return torch.where(nothing, 7.0 * q[..., :8], out)
+
+    expected = run()
+    assert (expected[0] == 0).flatten(2).all(-1).any() or (name in ("fewer keys than queries",) and seqlen_q == 1)
+    monkeypatch.setattr(torch_sdpa.F, "scaled_dot_product_attention", mean_instead_of_zero)
+    monkeypatch.setattr(torch_sdpa, "_zero_where_nothing_is_seen", lambda device: False)
+    for _ in range(2):  # the second time from what was remembered
+        for got, want in zip(run(), expected, strict=True):
+            torch.testing.assert_close(got, want)
 
 
 MASKS = {

@@ -136,6 +136,7 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "failures": failures,
         "skips": dict(skips.most_common()),
         "random_calls": [row for record in records for row in record["random_calls"]],
+        **{"sanitizer": record["sanitizer"] for record in records if "sanitizer" in record},
     }
 
 

@@ -83,7 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=max(1, cores() - 2), help="processes")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--fuzz-examples", type=int, default=1200, help="of each kind of call and provider")
-    parser.add_argument("--with-part", type=Path, action="append", default=[], help="a record of other parts to add")
+    parser.add_argument(
+        "--with-part",
+        type=Path,
+        action="append",
+        default=[],
+        help="a record to add: of other parts, or the sanitizer's",
+    )
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for everything")
     parser.add_argument("pytest", nargs="*", help="options of pytest, after --")
     args = parser.parse_args(argv)
@@ -93,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_FLASH_PLUS_FUZZ_PARTS", "3")
     codes: list[int] = []
     # Parts may run on several GPUs at once, and be put together by the last, or by a run of no part.
-    records: list[dict[str, Any]] = [json.loads(path.read_text()) for path in args.with_part]
-    sanitizer = next((record.pop("sanitizer") for record in records if "sanitizer" in record), None)
+    added = [json.loads(path.read_text()) for path in args.with_part]
+    records: list[dict[str, Any]] = [data for data in added if "findings" not in data]
+    sanitizer = next((data for data in added if "findings" in data), None)
     save(args.output, records, sanitizer)
     with tempfile.TemporaryDirectory() as folder:
         if "compile" in chosen:

@@ -41,7 +41,7 @@ PARTS = int(os.environ.get("HF_FLASH_PLUS_FUZZ_PARTS", "1"))
 
 #: One example in so many. FlagGems compiles anew for every head count, batch, window and scale: seconds for an example.
 #: flash-attn 4 compiles every structure in every process.
-RARE = {"flaggems": 50, "flash_attn": 10}
+RARE = {"flaggems": 100, "flash_attn": 20}
 CASES = [
     (provider, kind, part)
     for provider in ("triton", "flaggems", "flash_attn", "torch_sdpa")  # the slowest first

@@ -56,6 +56,7 @@ def run(folder: Path, tests: str, *options: str) -> dict[str, object]:
     return loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["alone", "two processes"])
 def test_a_run(tmp_path: Path, options: tuple[str, ...]) -> None:
     record = run(tmp_path, TESTS, *options)
@@ -70,11 +71,13 @@ def test_a_run(tmp_path: Path, options: tuple[str, ...]) -> None:
     assert (tmp_path / "times").read_text() == "x", "all processes together did it once"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off(tmp_path: Path) -> None:
     record = run(tmp_path, "import os\ndef test_good(): pass\ndef test_end(): os._exit(5)\n")
     assert record["passed"] == 1 and not record["complete"] and record["exit_status"] is None
 
 
+@pytest.mark.slow
 def test_a_process_that_lost_its_device_is_replaced(tmp_path: Path) -> None:
     """The tests after it run in a fresh one, and the test that lost it is one failure."""
     tests = """
@@ -124,12 +127,20 @@ def test_the_suite_leaves_no_test_out() -> None:
 
 
 def test_parts_of_several_runs(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps(_record()))
-    (tmp_path / "b.json").write_text(json.dumps(_record(sanitizer={"findings": []})))
-    added = [option for name in "ab" for option in ("--with-part", str(tmp_path / f"{name}.json"))]
-    assert suite.main(["--parts", "", "--output", str(tmp_path / "all.json"), *added]) == 0
-    record = json.loads((tmp_path / "all.json").read_text())
-    assert record["passed"] == 4 and record["sanitizer"] == {"findings": []}
+    parts = {"a": _record(), "b": _record(), "sanitizer": {"tool": "t", "findings": []}}
+    for name, data in parts.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+
+    def merged(name: str, *parts: str) -> dict[str, object]:
+        added = [option for part in parts for option in ("--with-part", str(tmp_path / f"{part}.json"))]
+        assert suite.main(["--parts", "", "--output", str(tmp_path / f"{name}.json"), *added]) == 0
+        data: dict[str, object] = json.loads((tmp_path / f"{name}.json").read_text())
+        return data
+
+    record = merged("some", "a", "sanitizer")
+    assert record["passed"] == 2 and record["sanitizer"] == parts["sanitizer"]
+    record = merged("all", "b", "some")
+    assert record["passed"] == 4 and record["sanitizer"] == parts["sanitizer"]
 
 
 REPORTS = {

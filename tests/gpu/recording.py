@@ -123,6 +123,7 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         skips.update(record["skips"])
         failures |= record["failures"]
     first = records[0]
+    sanitizer = [record["sanitizer"] for record in records if "sanitizer" in record]
     # 5: no tests were collected, as where nothing needs the GPU alone.
     statuses = [0 if record["exit_status"] == 5 else record["exit_status"] for record in records]
     return {
@@ -136,7 +137,7 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "failures": failures,
         "skips": dict(skips.most_common()),
         "random_calls": [row for record in records for row in record["random_calls"]],
-        **{"sanitizer": record["sanitizer"] for record in records if "sanitizer" in record},
+        **({"sanitizer": sanitizer[-1]} if sanitizer else {}),
     }
 
 

@@ -83,13 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=max(1, cores() - 2), help="processes")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--fuzz-examples", type=int, default=1200, help="of each kind of call and provider")
-    parser.add_argument(
-        "--with-part",
-        type=Path,
-        action="append",
-        default=[],
-        help="a record to add: of other parts, or the sanitizer's",
-    )
+    words = "a record to add: of other parts, or the sanitizer's"
+    parser.add_argument("--with-part", type=Path, action="append", default=[], help=words)
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for everything")
     parser.add_argument("pytest", nargs="*", help="options of pytest, after --")
     args = parser.parse_args(argv)

@@ -329,15 +329,13 @@ def flash_plus_mask(
         return carrier.encode(intervals, None, None, carrier.Carried(mask, one_document, repack))
     key_mask = _local_padding(attention_mask, kv_length, kv_offset)
     first, last, holes = key_mask_intervals(key_mask)
+    has_holes = True
     if not compiling and q_length > 1 and _may_look(device):
         has_holes, has_padding = _look(first, last, holes, kv_length)
         if not has_padding and aligned:
             flags = _flags(mask_function)
             mask = flags if flags is not None else AttentionMask(row_intervals=intervals)
             return carrier.encode(intervals, None, None, carrier.Carried(mask))
-        if not has_holes:
-            intervals = intersect_intervals(intervals, torch.stack((first, last), dim=-1)[:, None, :])
-            return carrier.encode(intervals, None, None, carrier.Carried(AttentionMask(row_intervals=intervals)))
     padding = torch.stack((first, last), dim=-1)[:, None, :]
     intervals = intersect_intervals(intervals, padding)
     if aligned and q_length == kv_length and skips_padded_rows(config):
@@ -345,6 +343,8 @@ def flash_plus_mask(
         starts, ends = intervals.unbind(-1)
         rows = torch.arange(q_length, device=device)
         intervals = torch.stack((starts, torch.where(rows < last[:, None], ends, starts)), dim=-1)
+    if not has_holes:
+        return carrier.encode(intervals, None, None, carrier.Carried(AttentionMask(row_intervals=intervals)))
     mask = AttentionMask(row_intervals=intervals, key_mask=key_mask, key_holes=holes)
     return carrier.encode(intervals, key_mask, holes, carrier.Carried(mask))
 

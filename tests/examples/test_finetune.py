@@ -164,6 +164,22 @@ def test_compare_trains_with_both_and_plots_both(tmp_path, capsys):
         finetune_llama.main([*options, "--save_model"])
 
 
+def test_compare_goes_on_with_what_has_run(tmp_path, capsys):
+    options = [*TINY_LLAMA, "--max_steps", "3", "--max_new_tokens", "0", "--output_dir", str(tmp_path), "--resume"]
+    finetune_llama.main([*options, "--compare", "flash_plus,sdpa"])
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("flash_plus", "sdpa"))
+    assert json.loads((tmp_path / "result.json").read_text())["runs"] == {"flash_plus": one, "sdpa": two}
+    capsys.readouterr()
+    finetune_llama.main([*options, "--compare", "flash_plus,eager,sdpa"])
+    printed = capsys.readouterr().out
+    assert "flash_plus: has run before" in printed and "sdpa: has run before" in printed
+    assert "eager: has run before" not in printed
+    runs = json.loads((tmp_path / "result.json").read_text())["runs"]
+    assert runs["flash_plus"] == one and runs["sdpa"] == two and len(runs["eager"]["losses"]) == 3
+    finetune_llama.main([*options, "--compare", "sdpa,eager", "--max_steps", "4"])  # not the same training
+    assert "has run before" not in capsys.readouterr().out
+
+
 def test_plot_without_matplotlib_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     common.plot_losses(tmp_path / "loss.png", {"flash_plus": [1.0]})

@@ -307,6 +307,22 @@ def test_bert_learns_what_folder_a_snippet_comes_from(tmp_path, capsys):
     assert "flash_plus, served by torch_sdpa" in capsys.readouterr().out
 
 
+def test_bert_without_padding_trains_the_same(tmp_path, monkeypatch):
+    corpus = tmp_path / "rows.jsonl"
+    rows = [{"text": "one two three four five six "[: 4 + i % 24], "label": str(i % 2)} for i in range(64)]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pytest.importorskip("datasets")
+    called = []
+    skip_padding = hf_flash_plus.skip_padding
+    monkeypatch.setattr(hf_flash_plus, "skip_padding", lambda model: called.append(skip_padding(model)))
+    options = [*TINY_BERT, "--train_file", str(corpus), "--snippets_per_label", "0", "--dropout", "0"]
+    padded = run(finetune_bert, options, tmp_path / "padded", steps=6)
+    skipped = run(finetune_bert, [*options, "--skip_padding"], tmp_path / "skipped", steps=6)
+    assert len(called) == 1
+    assert skipped["losses"] == pytest.approx(padded["losses"], rel=1e-3)
+    assert skipped["tokens_per_second"] > 0
+
+
 def test_bert_on_a_dataset_of_whole_documents(tmp_path):
     pytest.importorskip("datasets")
     words = {"colours": "red green blue", "animals": "cat dog horse"}

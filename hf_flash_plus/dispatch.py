@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from . import settings
 from .inputs import AttentionInputs, CallSignature
 from .providers import PROVIDERS, Provider
@@ -40,7 +42,7 @@ class NoProviderError(NotImplementedError):
     """No provider of the path (or not the forced one) can serve the call; the message lists every reason."""
 
 
-_cache: dict[tuple[CallSignature, bool, str | None], Selection] = {}
+_cache: dict[tuple[CallSignature, bool, str | None, bool], Selection] = {}
 _reported: set[tuple[str, str]] = set()
 
 
@@ -106,10 +108,12 @@ def select_provider(signature: CallSignature) -> Selection:
         NoProviderError: nobody can (lists the call and every provider's reasons).
         ValueError: an environment variable or :func:`use_provider` names no provider, or is no boolean.
     """
-    key = (signature, settings.use_flaggems(), settings.forced_provider())
+    # What torch was told counts for those that rely on it, see torch_sdpa.
+    ordered = signature.deterministic and torch.are_deterministic_algorithms_enabled()
+    key = (signature, settings.use_flaggems(), settings.forced_provider(), ordered)
     found = _cache.get(key)
     if found is None:
-        found = _cache[key] = _select(*key)
+        found = _cache[key] = _select(*key[:3])
         if found.fallback:
             _report_fallback(found, signature)
     return found

@@ -83,6 +83,73 @@ def test_keys_that_no_row_sees_may_hold_anything(bad: float) -> None:
         torch.testing.assert_close(got, want, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("mask", ["full", "causal", "window", "documents"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_deterministic_gradients(dim: int, mask: str, provider: str) -> None:
+    """Twenty times the same bits from everyone who says that it can; long enough for many parts to be added up."""
+    leaves = [t.requires_grad_() for t in qkv(2, 1100, 8, dim)]
+    rows = torch.arange(1100, dtype=torch.int32, device="cuda")
+    documents = torch.stack((rows // 300 * 300, rows + 1), -1)[None]
+    chosen = {
+        "full": AttentionMask(),
+        "causal": AttentionMask(causal=True),
+        "window": AttentionMask(causal=True, window=(200, 0)),
+        "documents": AttentionMask(row_intervals=documents),
+    }[mask]
+    dout = torch.randn_like(leaves[0])
+    torch.use_deterministic_algorithms(provider == "torch_sdpa", warn_only=True)  # it relies on that, and says so
+    try:
+        first: list[Tensor] = []
+        for _ in range(20):
+            out = attend(provider, *leaves, mask=chosen, deterministic=True)
+            found = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+            first = first or found
+            assert all(torch.equal(a, b) for a, b in zip(found, first))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
+@pytest.mark.parametrize("seqlen", [1, 300], ids=["decoding", "forward"])
+def test_a_bad_query_spoils_its_own_row_only(
+    seqlen: int, kernels: str, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other row is what it was, to the bit; the row itself is NaN, not an answer that looks like one."""
+    if PROVIDERS["triton"].unavailable_reason():
+        pytest.skip("needs our kernels")
+    monkeypatch.setenv("HF_FLASH_PLUS_KERNELS", kernels)
+    q, k, v = qkv(2, 300, 4, 64)
+    q = q[:, :seqlen].clone()
+    expected = attend("triton", q, k, v)
+    row = (1, seqlen // 2, 2)
+    q[(*row, 5)] = bad
+    got = attend("triton", q, k, v)
+    assert got[row].isnan().all()
+    spoiled = torch.zeros(2, seqlen, 4, dtype=torch.bool, device="cuda")
+    spoiled[row] = True
+    assert torch.equal(got[~spoiled], expected[~spoiled])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_slots_of_a_cache_that_nobody_wrote_may_hold_anything(bad: float, provider: str) -> None:
+    q, k, v = qkv(2, 300, 4, 64)
+    lengths = torch.tensor([211, 3], dtype=torch.int32, device="cuda")
+
+    def run() -> Tensor:
+        with use_provider(provider):
+            out: Tensor = hfp.flash_attn_with_kvcache(q[:, :1], k, v, cache_seqlens=lengths, causal=True)
+            return out
+
+    try:
+        expected = run()
+    except NotImplementedError:
+        pytest.skip("declines")
+    for b, length in enumerate(lengths.tolist()):
+        k[b, length:], v[b, length:] = bad, bad
+    torch.testing.assert_close(run(), expected)
+
+
 def test_no_row_sees_anything(provider: str) -> None:
     leaves = [t.requires_grad_() for t in qkv(2, 150, 4, 64)]
     out = attend(provider, *leaves, mask=AttentionMask(key_mask=torch.zeros(2, 150, dtype=torch.bool, device="cuda")))
@@ -127,23 +194,25 @@ def test_131072_tokens(provider: str) -> None:
     assert all(g.isfinite().all() for g in grads)
     # dv of the last key is its weight in the last row only.
     weights = torch.softmax(((q[0, -1].double()[:, None] * k[0].double().transpose(0, 1)).sum(-1)) / 8, -1)[:, -1]
-    assert (grads[2][0, -1].double() - weights[:, None]).abs().max() < 1e-4
+    torch.testing.assert_close(grads[2][0, -1].double(), weights[:, None].expand(-1, 64), rtol=2e-2, atol=0)
 
 
 def test_1024_tiny_sequences(provider: str) -> None:
     lengths = torch.randint(0, 4, (1024,), generator=torch.Generator().manual_seed(0))
     cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().cuda()
     total = int(cu[-1])
-    q, k, v = (t[0] for t in qkv(1, total, 4, 64))
+    q, k, v = (t[0].requires_grad_() for t in qkv(1, total, 4, 64))
     try:
         with use_provider(provider):
             out = hfp.flash_attn_varlen_func(q, k, v, cu, cu, 3, 3, causal=True)
     except NotImplementedError:
         pytest.skip("declines")
+    dout = torch.randn_like(out)
+    grads = {name: g[None] for name, g in zip("qkv", torch.autograd.grad(out, (q, k, v), dout))}
     owner = torch.repeat_interleave(torch.arange(1024), lengths).cuda()
     row = torch.arange(total, device="cuda")
     seen = (owner[:, None] == owner[None]) & (row[None] <= row[:, None])
-    judge(out[None], oracle.Dense(q[None], k[None], v[None], seen=seen[None, None]), None, None)
+    judge(out[None], oracle.Dense(q[None], k[None], v[None], seen=seen[None, None]), dout[None], grads)
 
 
 @pytest.mark.parametrize("batch, heads", [(1024, 80), (70000, 1)])
@@ -159,21 +228,27 @@ def test_more_batches_times_heads_than_65535(batch: int, heads: int, provider: s
     )
 
 
-def test_gradients_beyond_2_to_the_31_elements() -> None:
+@pytest.mark.exclusive
+@pytest.mark.parametrize("provider", ["triton", "torch_sdpa"])
+def test_gradients_beyond_2_to_the_31_elements(provider: str) -> None:
     """q, k, v and their gradients of 2.3e9 elements each: the last batch element equals itself alone."""
-    if PROVIDERS["triton"].unavailable_reason():
-        pytest.skip("needs our kernels")
-    if free_gib() < 50:
-        pytest.skip("needs 50 GiB of free GPU memory")
+    if PROVIDERS[provider].unavailable_reason():
+        pytest.skip("cannot be used")
+    if free_gib() < 64:
+        pytest.skip("needs 64 GiB of free GPU memory")
     shape = (23, 8192, 48, 256)
     assert math.prod(shape) > 2**31
     q = torch.zeros(shape, device="cuda", dtype=BF16)
     q[-1].normal_()
     q.requires_grad_()
-    mask = AttentionMask(causal=True, window=(64, 0))
-    with use_provider("triton"):
-        out = hfp.attention(q, q, q, mask)
+    # torch's own would make a dense mask of the window.
+    mask = AttentionMask(causal=True, window=(64, 0) if provider == "triton" else (-1, -1))
+    with use_provider(provider):
+        out = hfp.attention(q, q, q, mask, deterministic=provider == "triton")
         (grad,) = torch.autograd.grad(out, q, out.detach())
         alone = q[-1:].detach().requires_grad_()
-        (expected,) = torch.autograd.grad(hfp.attention(alone, alone, alone, mask), alone, out[-1:].detach())
-    torch.testing.assert_close(grad[-1:], expected, atol=0, rtol=0)
+        again = hfp.attention(alone, alone, alone, mask, deterministic=provider == "triton")
+        (expected,) = torch.autograd.grad(again, alone, out[-1:].detach())
+    # torch's flash backward adds to dq in any order.
+    close = {"atol": 0, "rtol": 0} if provider == "triton" else {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(grad[-1:], expected, **close)

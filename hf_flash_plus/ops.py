@@ -190,9 +190,10 @@ def _autograd_backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> t
     if dout is None:
         return tuple(grads)
     bias_grad, sinks_grad = ctx.needs_input_grad[6], ctx.needs_input_grad[9]
-    dq, dk, dv, dbias, dsinks = torch.ops.hf_flash_plus.attention_backward(
-        dout, out, softmax_lse, *tensors, *ctx.constants, bias_grad, sinks_grad
-    )
+    # With grad enabled somebody wants a second derivative (create_graph): the op says that there is none.
+    direct = not torch.is_grad_enabled() and _nobody_watches(dout)
+    run = _backward if direct else torch.ops.hf_flash_plus.attention_backward
+    dq, dk, dv, dbias, dsinks = run(dout, out, softmax_lse, *tensors, *ctx.constants, bias_grad, sinks_grad)
     grads[:3] = [dq, dk, dv]
     if bias_grad:
         grads[6] = dbias
@@ -212,6 +213,25 @@ torch.library.register_autograd(
     "hf_flash_plus::attention", _autograd_backward, setup_context=_setup_context, lib=_library
 )
 torch.library.register_autograd("hf_flash_plus::attention_backward", _no_double_backward, lib=_library)
+
+
+class _Attention(torch.autograd.Function):
+    """The op ``attention`` without the dispatcher, for calls that nothing but autograd watches.
+
+    What ``register_autograd`` makes of an op goes through its schema once for each argument and each argument again:
+    more than the launches of a layer cost.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*arguments)
+        _setup_context(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        dout, dlse = grads
+        return _autograd_backward(ctx, dout, dlse)
 
 
 def _autocast(inputs: AttentionInputs) -> AttentionInputs:
@@ -289,8 +309,13 @@ def attention(inputs: AttentionInputs, caller: str = "attention", unwritten_keys
         inputs = replace(inputs, dropout_seed=seed)
     if not signature.needs_grad and _nobody_watches(inputs.query):
         return provider.forward(inputs)
-    op = torch.ops.hf_flash_plus.attention if signature.needs_grad else torch.ops.hf_flash_plus.attention_forward
-    out, softmax_lse = op(*_to_arguments(inputs, name))
+    if not signature.needs_grad:
+        run = torch.ops.hf_flash_plus.attention_forward
+    elif _nobody_watches(inputs.query) and not _functorch():
+        run = _Attention.apply
+    else:
+        run = torch.ops.hf_flash_plus.attention
+    out, softmax_lse = run(*_to_arguments(inputs, name))
     return AttentionOutput(out, softmax_lse)
 
 
@@ -302,8 +327,9 @@ def _nobody_watches(query: Tensor) -> bool:
     return type(query) is Tensor and not torch.compiler.is_compiling() and not _dispatch_modes()
 
 
-# Private, but what torch's own libraries ask; where it is missing, every call goes through the dispatcher.
+# Private, but what torch's own libraries ask; where they are missing, every call goes through the dispatcher.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def prepare_decoding(inputs: AttentionInputs) -> DecodingStep | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -207,6 +208,28 @@ def test_backward_provider_is_who_does_the_backward() -> None:
         assert first.calls == ["forward"] and second.calls == ["backward"]
     for gradient, want in zip(gradients, torch.autograd.grad(oracle.attention(*tensors).out.sum(), tensors)):
         assert_close(gradient, want, torch.float64)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_watched_calls_go_through_the_op_and_others_past_it(toy: ToyProvider, dropout_p: float) -> None:
+    """The same numbers either way; a saved tensor that was changed since is seen either way."""
+    found = []
+    for mode in (contextlib.nullcontext(), Spy()):
+        tensors = make()
+        torch.manual_seed(0)
+        with mode:
+            out = hfp.flash_attn_func(*tensors, dropout_p=dropout_p)
+            gradients = torch.autograd.grad(out.sum(), tensors, retain_graph=True)
+        found.append((out, gradients))
+        with torch.no_grad():
+            tensors[0].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(out.sum(), tensors)
+    names = [out.grad_fn.name() for out, _ in found]
+    assert names[0] == "_AttentionBackward" and names[1].startswith("GeneratedBackwardFor_hf_flash_plus_attention")
+    assert torch.equal(found[0][0], found[1][0])
+    for direct, watched in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(direct, watched)
 
 
 def test_double_backward_is_refused_with_advice(toy: ToyProvider) -> None:

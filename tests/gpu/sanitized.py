@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from unittest import mock
 
 import torch
 
@@ -89,16 +88,15 @@ def hopper_backward() -> Group:
     from hf_flash_plus.kernels import launch
     from hf_flash_plus.kernels.hopper import backward_launch
 
-    for mode, kernel in (("split", "portable"), ("split", "hopper"), ("unordered", "portable")):
+    for mode in backward_launch.MODES:
         for case in HOPPER_BACKWARD:
 
-            def run(case: Case = case, mode: str = mode, kernel: str = kernel) -> object:
+            def run(case: Case = case, mode: str = mode) -> object:
                 built = build(case, "cuda")
                 out, lse = launch.forward(built.inputs)
-                with mock.patch.object(backward_launch, "DQ_KERNEL", kernel):
-                    return backward_launch.backward(built.inputs, out, lse, built.dout, mode=mode)
+                return backward_launch.backward(built.inputs, out, lse, built.dout, mode=mode)
 
-            yield f"{mode}/{kernel} {case}", run
+            yield f"{mode} {case}", run
 
 
 def decode() -> Group:

@@ -1,4 +1,4 @@
-"""Backward calls like an earlier one, on a GPU: launched again at other addresses, the same gradients as launched anew."""
+"""Backward calls like an earlier one, on a GPU: launched again elsewhere, the same gradients as launched anew."""
 
 from __future__ import annotations
 

@@ -190,10 +190,9 @@ def _autograd_backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> t
     if dout is None:
         return tuple(grads)
     bias_grad, sinks_grad = ctx.needs_input_grad[6], ctx.needs_input_grad[9]
-    # With grad enabled somebody wants a second derivative (create_graph): the op says that there is none.
-    direct = not torch.is_grad_enabled() and _nobody_watches(dout)
-    run = _backward if direct else torch.ops.hf_flash_plus.attention_backward
-    dq, dk, dv, dbias, dsinks = run(dout, out, softmax_lse, *tensors, *ctx.constants, bias_grad, sinks_grad)
+    dq, dk, dv, dbias, dsinks = torch.ops.hf_flash_plus.attention_backward(
+        dout, out, softmax_lse, *tensors, *ctx.constants, bias_grad, sinks_grad
+    )
     grads[:3] = [dq, dk, dv]
     if bias_grad:
         grads[6] = dbias
@@ -216,22 +215,30 @@ torch.library.register_autograd("hf_flash_plus::attention_backward", _no_double_
 
 
 class _Attention(torch.autograd.Function):
-    """The op ``attention`` without the dispatcher, for calls that nothing but autograd watches.
+    """The differentiable op for a call that nobody watches.
 
-    What ``register_autograd`` makes of an op goes through its schema once for each argument and each argument again:
-    more than the launches of a layer cost.
+    The same formula without the dispatcher, which spends 600 us on an op of 26 arguments with a registered gradient:
+    more than a short sequence's forward and backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*arguments)
-        _setup_context(ctx, arguments, output)
-        return output
+    def forward(ctx: Any, inputs: AttentionInputs, provider: str, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+        output = PROVIDERS[provider].forward(inputs)
+        assert output.softmax_lse is not None
+        _setup_context(ctx, _to_arguments(inputs, provider), (output.out, output.softmax_lse))
+        return output.out, output.softmax_lse
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        dout, dlse = grads
-        return _autograd_backward(ctx, dout, dlse)
+    def backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * 7
+        *tensors, out, softmax_lse = ctx.saved_tensors
+        *_, bias_grad, sinks_grad = ctx.needs_input_grad
+        # With create_graph the op says that there is no second derivative.
+        compute = torch.ops.hf_flash_plus.attention_backward if torch.is_grad_enabled() else _backward
+        dq, dk, dv, dbias, dsinks = compute(dout, out, softmax_lse, *tensors, *ctx.constants, bias_grad, sinks_grad)
+        dsinks = dsinks.to(tensors[9].dtype) if sinks_grad else None
+        return None, None, dq, dk, dv, dbias if bias_grad else None, dsinks
 
 
 def _autocast(inputs: AttentionInputs) -> AttentionInputs:
@@ -307,29 +314,32 @@ def attention(inputs: AttentionInputs, caller: str = "attention", unwritten_keys
         # Drawn by an ordinary random op: obeys torch.manual_seed, gradient checkpointing and CUDA graph capture.
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=inputs.query.device)
         inputs = replace(inputs, dropout_seed=seed)
-    if not signature.needs_grad and _nobody_watches(inputs.query):
-        return provider.forward(inputs)
-    if not signature.needs_grad:
-        run = torch.ops.hf_flash_plus.attention_forward
-    elif _nobody_watches(inputs.query) and not _functorch():
-        run = _Attention.apply
-    else:
-        run = torch.ops.hf_flash_plus.attention
-    out, softmax_lse = run(*_to_arguments(inputs, name))
+    if _nobody_watches(inputs.query):
+        if not signature.needs_grad:
+            return provider.forward(inputs)
+        # The kernels need the log-sum-exp for the backward, whether or not the caller wants it.
+        inputs = replace(inputs, needs_lse=True)
+        out, softmax_lse = _Attention.apply(
+            inputs, name, inputs.query, inputs.key, inputs.value, inputs.mask.bias, inputs.sinks
+        )
+        return AttentionOutput(out, softmax_lse)
+    op = torch.ops.hf_flash_plus.attention if signature.needs_grad else torch.ops.hf_flash_plus.attention_forward
+    out, softmax_lse = op(*_to_arguments(inputs, name))
     return AttentionOutput(out, softmax_lse)
 
 
 def _nobody_watches(query: Tensor) -> bool:
-    """Whether nothing needs to see the call as a library op: no compiler, no tensor subclass, no dispatch mode.
+    """Whether nothing needs to see the call as a library op: no compiler, no tensor subclass, no dispatch mode, no
+    functorch transform.
 
     Going through the dispatcher costs 15 us, about as much as launching a kernel.
     """
-    return type(query) is Tensor and not torch.compiler.is_compiling() and not _dispatch_modes()
+    return type(query) is Tensor and not torch.compiler.is_compiling() and not _dispatch_modes() and not _transforms()
 
 
-# Private, but what torch's own libraries ask; where they are missing, every call goes through the dispatcher.
+# Private, but what torch's own libraries ask; where one is missing, every call goes through the dispatcher.
+_transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def prepare_decoding(inputs: AttentionInputs) -> DecodingStep | None:

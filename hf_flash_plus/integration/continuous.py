@@ -154,7 +154,8 @@ def _mask(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, causal: bool, 
             return mask
     bounds = (window - 1, 0) if window else (-1, -1)
     mask = varlen_mask(cu_q, cu_k, total_q, causal=causal, window=bounds)
-    packed = PackedSequences(cu_q, cu_k, total_q, total_k, causal, bounds)
+    # Detached: other objects, so that ``cu_q``, which keeps the mask, is not kept by it.
+    packed = PackedSequences(cu_q.detach(), cu_k.detach(), total_q, total_k, causal, bounds)
     mask = replace(mask, packed=packed, row_positions=None)
     if None not in versions and not compiling:  # else nobody would see that they changed
         setattr(cu_q, _MEMO, [*known[-3:], (key, cu_k, mask)])

@@ -19,8 +19,8 @@ NO_WINDOW = 2**30
 
 class Padding(NamedTuple):
     """``carrier`` int32 ``(batch, 1, 1, 3 + words)``: start, end, holes, and the key mask, 16 keys a word, as
-    ``integration/carrier.py`` describes it; ``intervals`` ``(batch, 1, 2)``, a view of it; ``holes`` int32 ``(batch,)``
-    once more by itself. Without padding the carrier is ``(1, 1, 1, 2)`` and ``holes`` None."""
+    ``integration/carrier.py`` describes it; ``intervals`` ``(batch, 1, 2)``, the same memory; ``holes`` int32
+    ``(batch,)`` once more by itself. Without padding the carrier is ``(1, 1, 1, 2)`` and ``holes`` None."""
 
     carrier: Tensor
     intervals: Tensor
@@ -108,7 +108,10 @@ def padding(
     carrier = torch.empty((batch, 1, 1, columns), dtype=torch.int32, device=device)
     sizes = (stride, length, offset, seqlen_k, row, window, columns, _BLOCK)
     _launch(batch, (attention_mask, at, carrier, holes), sizes)
-    return Padding(carrier, carrier.as_strided((batch, 1, 2), (columns, columns, 1)), holes)
+    # Detached, because a view keeps its base alive: the base will hold the mask, and so the view, a circle that the
+    # garbage collector does not see.
+    intervals = carrier.as_strided((batch, 1, 2), (columns, columns, 1)).detach()
+    return Padding(carrier, intervals, holes)
 
 
 def _launch(n_programs: int, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -113,3 +115,15 @@ def test_a_mask_made_before_a_capture_is_not_in_it(monkeypatch: pytest.MonkeyPat
     assert inside is not before and continuous._mask(cu, cu, 5, 5, True, None) is inside
     continuous._forget_masks(cu)  # as the first layer does
     assert continuous._mask(cu, cu, 5, 5, True, None) is not inside
+
+
+def test_the_mask_of_a_step_goes_with_it() -> None:
+    cu_q, cu_k = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([0, 4, 9], dtype=torch.int32)
+    gone = weakref.ref(continuous._mask(cu_q, cu_k, 5, 9, True, None))
+    assert gone() is not None
+    gc.disable()
+    try:
+        del cu_q
+        assert gone() is None, "without waiting for the garbage collector"
+    finally:
+        gc.enable()

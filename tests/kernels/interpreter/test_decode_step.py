@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -47,6 +49,22 @@ def test_padding_kernel(offset: int, length: int, seqlen_k: int, row_start: int,
 def test_padding_kernel_without_padding(row: int, window: int, span: list[int]) -> None:
     made = padding(None, 20, 0, torch.tensor(row, dtype=torch.int32), window)
     assert made.holes is None and made.carrier.tolist() == [[[span]]]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_masks_go_with_their_carriers(padded: bool) -> None:
+    """A new one comes with every token: none may stay behind."""
+    with torch.no_grad():
+        made = padding(torch.ones(2, 40, dtype=torch.bool) if padded else None, 40, 0, torch.tensor(39))
+        mask = AttentionMask(row_intervals=made.intervals, key_holes=made.holes)
+        carried = carrier.Carried(mask)
+        mask_carrier = carrier.attach(made.carrier, carried)
+    gone = weakref.ref(carried)
+    del made, mask, carried
+    assert gone() is not None
+    del mask_carrier
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.fixture

@@ -158,6 +158,14 @@ def test_engines_are_measured_by_noise():
     }
 
 
+def test_engines_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    engines = {name: {"losses": [3.0, 2.0], "tokens_per_second": 10.0, "processes": 1} for name in ("one", "two")}
+    (tmp_path / "engines.json").write_text(json.dumps({"engines": engines}))
+    assert compare_engines.main(["--draw", "--output_dir", str(tmp_path)]) == 0
+    assert (tmp_path / "engines.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_ddp_on_two_processes_trains_like_one(tmp_path, monkeypatch, capsys):
@@ -172,6 +180,7 @@ def test_ddp_on_two_processes_trains_like_one(tmp_path, monkeypatch, capsys):
     code = compare_engines.main(options)
     logs = "\n".join(path.read_text()[-3000:] for path in tmp_path.rglob("log.txt"))
     assert code == 0, capsys.readouterr().out + logs
+    assert (tmp_path / "engines.png").exists()
     engines = json.loads((tmp_path / "engines.json").read_text())["engines"]
     one, two = engines["cpu"], engines["cpu_ddp"]
     assert (one["processes"], two["processes"], two["engine"]) == (1, 2, "MULTI_CPU")

@@ -22,11 +22,16 @@ torch.cuda.is_available = lambda: True
 from tests.gpu import conftest, recording
 conftest.device_answers = lambda: not os.path.exists("lost")
 recording.SAVE_EVERY = 0.0
+conftest._wait_for_memory = lambda gib: None
 from tests.gpu.conftest import (  # noqa
-    once, pytest_addoption, pytest_configure, pytest_runtest_makereport, pytest_runtest_teardown)
+    once, pytest_addoption, pytest_runtest_call, pytest_configure, pytest_runtest_makereport, pytest_runtest_teardown)
 """
 TESTS = """
 import os, pytest
+full = [1]
+def test_full_for_a_moment():
+    import torch
+    if full and "PYTEST_XDIST_WORKER" in os.environ: raise torch.OutOfMemoryError(full.pop())
 def test_good(): pass
 def test_bad(): assert 1 == 2, "one is not two"
 def test_skipped(): pytest.skip("no second device")
@@ -60,9 +65,10 @@ def run(folder: Path, tests: str, *options: str) -> dict[str, object]:
 @pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["alone", "two processes"])
 def test_a_run(tmp_path: Path, options: tuple[str, ...]) -> None:
     record = run(tmp_path, TESTS, *options)
-    assert (record["passed"], record["failed"], record["skipped"], record["xfailed"]) == (6, 2, 1, 1)
-    assert record["files"] == {"test_some.py": {"error": 1, "failed": 1, "passed": 6, "skipped": 1, "xfailed": 1}}
+    assert (record["passed"], record["failed"], record["skipped"], record["xfailed"]) == (7, 2, 1, 1)
+    assert record["files"] == {"test_some.py": {"error": 1, "failed": 1, "passed": 7, "skipped": 1, "xfailed": 1}}
     assert record["complete"] and record["exit_status"] == 1
+    assert record["repeated_after_out_of_memory"] == len(options) // 2
     failures = record["failures"]
     assert isinstance(failures, dict) and "one is not two" in failures["tests/gpu/test_some.py::test_bad"]
     assert "no setup" in failures["tests/gpu/test_some.py::test_error"]
@@ -98,7 +104,7 @@ def _record(**values: object) -> dict[str, object]:
     base = {
         "date": "d", "gpu": "g", "driver": "1", "commit": "c", "versions": {}, "command": "pytest", "complete": True,
         "exit_status": 0, "duration_s": 1.5, "files": {"test_a.py": {"passed": 2}}, "failures": {}, "skips": {},
-        "random_calls": [],
+        "random_calls": [], "repeated_after_out_of_memory": 0,
     }  # fmt: skip
     return {**base, **values}
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, settings
+from . import dispatch
 from .inputs import AttentionInputs
 from .masks import AttentionMask, PackedSequences, visible
 from .paged import gather_pages
@@ -340,12 +340,13 @@ def _nobody_watches(query: Tensor) -> bool:
 # Private, but what torch's own libraries ask; where one is missing, every call goes through the dispatcher.
 _transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def prepare_decoding(inputs: AttentionInputs) -> DecodingStep | None:
     """A shorter way to compute later calls like this one-row, validated, gradient-free call, where there is one.
 
-    It holds as long as :func:`decoding_state` returns the same.
+    It holds as long as :func:`undisturbed` is true and :func:`.settings.selection` returns the same.
     """
     if inputs.dropout_p > 0.0 or inputs.alibi_slopes is not None or inputs.sinks is not None or inputs.needs_lse:
         return None
@@ -360,17 +361,17 @@ def prepare_decoding(inputs: AttentionInputs) -> DecodingStep | None:
     return dispatch.select_provider(signature).provider.prepare_decoding(inputs)
 
 
-def decoding_state(query: Tensor) -> tuple[object, ...] | None:
-    """What a :class:`~hf_flash_plus.providers.base.DecodingStep` depends on besides the call: None is "do not use one"
-    (gradients, autocast, a compiler, a dispatch mode, or a log that wants to see each call)."""
-    if (
+def undisturbed(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a call needs nothing but its result: no gradients, no autocast, no dispatch mode, no functorch transform,
+    no tensor subclass, no log that wants to see it. Compilers are to be asked about before."""
+    return not (
         torch.is_grad_enabled()
-        or not _nobody_watches(query)
-        or torch.is_autocast_enabled(query.device.type)
+        or not type(query) is type(key) is type(value) is Tensor
+        or _dispatch_modes()
+        or _transforms()
+        or _any_autocast()
         or logger.isEnabledFor(logging.DEBUG)
-    ):
-        return None
-    return settings.use_flaggems(), settings.forced_provider()
+    )
 
 
 def paged_attention(

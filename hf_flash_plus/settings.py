@@ -119,6 +119,22 @@ def forced_provider() -> str | None:
     return name or None
 
 
+def selection() -> tuple[object, ...]:
+    """All that the choice of a provider depends on, as it was set: equal where nothing was changed in between.
+
+    Read from the table below ``os.environ``, whose own look-ups encode names and raise an exception inside: a decoding
+    step asks in every layer.
+    """
+    table = getattr(os.environ, "_data", None)
+    if table is None:
+        return _provider_override.get(), os.environ.get(USE_FLAGGEMS), os.environ.get(PROVIDER)
+    return _provider_override.get(), table.get(_USE_FLAGGEMS_KEY), table.get(_PROVIDER_KEY)
+
+
+_encode = getattr(os.environ, "encodekey", str)
+_USE_FLAGGEMS_KEY, _PROVIDER_KEY = _encode(USE_FLAGGEMS), _encode(PROVIDER)
+
+
 @contextmanager
 def provider_override(name: str) -> Iterator[None]:
     """Force a provider for the calls of this thread or task inside the ``with`` block."""

@@ -27,9 +27,11 @@ class Case:
         batch, seqlen, heads, kv_heads, head_dim: the shape; ``seqlen`` counts keys.
         seqlen_q: number of query rows; 0 is ``seqlen``. One row makes a decoding case, counted in GB/s.
         mask: ``full``; ``causal``; ``window`` (causal, ``window`` keys back); ``padded`` (causal, right-padded,
-            lengths spread evenly from seqlen/4 to seqlen); ``packed`` (causal documents of equal length in one row).
+            lengths spread evenly from seqlen/4 to seqlen; a decoding case is left-padded, as in generation); ``packed``
+            (causal documents of equal length in one row).
         window: keys to the left that a row of a ``window`` case sees.
         documents: number of documents of a ``packed`` case.
+        page_size: keys of a page, where the keys of a decoding case lie in the pages of a cache; 0 where they do not.
     """
 
     batch: int
@@ -41,6 +43,7 @@ class Case:
     mask: str = "causal"
     window: int = DEFAULT_WINDOW
     documents: int = 8
+    page_size: int = 0
 
     def __post_init__(self) -> None:
         for field in ("batch", "seqlen", "heads", "kv_heads", "head_dim", "documents", "window"):
@@ -50,8 +53,12 @@ class Case:
             raise ConfigError(f"case: mask must be one of {', '.join(MASKS)}, got {self.mask!r}.")
         if self.heads % self.kv_heads:
             raise ConfigError(f"case: heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}).")
-        if self.seqlen_q and self.mask not in ("full", "causal"):
-            raise ConfigError(f"case: seqlen_q goes with full and causal masks, not with {self.mask}.")
+        if self.seqlen_q and self.mask not in ("full", "causal") and (self.mask, self.seqlen_q) != ("padded", 1):
+            raise ConfigError(f"case: seqlen_q goes with full and causal masks, 1 with padded; not with {self.mask}.")
+        if self.page_size and (not self.decoding or self.mask == "padded" or self.seqlen % self.page_size):
+            raise ConfigError(
+                "case: page_size goes with seqlen_q 1, no padding, and a seqlen that is a multiple of it."
+            )
         if self.mask == "packed" and (self.batch != 1 or self.seqlen % self.documents):
             raise ConfigError("case: packed needs batch 1 and a seqlen that is a multiple of documents.")
 
@@ -80,7 +87,8 @@ class Case:
         heads = f"H{self.heads}" + (f"/{self.kv_heads}" if self.kv_heads != self.heads else "")
         rows = f"Q{self.rows} " if self.seqlen_q else ""
         kind = {"window": f"window{self.window}", "packed": f"packed{self.documents}"}.get(self.mask, self.mask)
-        return f"{kind} B{self.batch} {rows}S{self.seqlen} {heads} D{self.head_dim}"
+        pages = f" pages{self.page_size}" if self.page_size else ""
+        return f"{kind} B{self.batch} {rows}S{self.seqlen} {heads} D{self.head_dim}{pages}"
 
     @property
     def group(self) -> str:
@@ -89,12 +97,14 @@ class Case:
 
     def pairs(self) -> float:
         """Visible (query row, key) pairs of one head, summed over the batch. A causal square counts half."""
+        if self.decoding:
+            return float(sum(self.lengths))
         if self.mask in ("padded", "packed"):
             return sum(n * n / 2 for n in self.lengths)
         if self.mask == "window":
             w = min(self.window + 1, self.seqlen)
             return self.batch * (w * (w + 1) / 2 + (self.seqlen - w) * w)
-        if self.mask == "causal" and not self.decoding:
+        if self.mask == "causal":
             return self.batch * (self.rows * self.seqlen - self.rows * self.rows / 2)
         return self.batch * self.rows * self.seqlen
 
@@ -103,8 +113,8 @@ class Case:
         return 4.0 * self.pairs() * self.heads * self.head_dim * (2.5 if direction == "backward" else 1.0)
 
     def kv_bytes(self, itemsize: int) -> float:
-        """Bytes of keys and values: what decoding must read."""
-        return 2.0 * self.batch * self.seqlen * self.kv_heads * self.head_dim * itemsize
+        """Bytes of the keys and values that are no padding: what decoding must read."""
+        return 2.0 * sum(self.lengths) * self.kv_heads * self.head_dim * itemsize
 
 
 @dataclass(frozen=True)

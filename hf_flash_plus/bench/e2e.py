@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 
 from .config import BenchConfig, ConfigError, peer_name
+from .continuous import close, continuous
 from .kernels import Progress, Row, _short
 from .problem import TORCH_DTYPES
 
 LAYOUTS = ("plain", "padded", "packed")
+KINDS_OF_WORK = ("train", "generate", "continuous")
 #: Configuration and class of the models, by the ``type`` of a benchmark's ``model``; the first where there is none.
 MODELS = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "bert": ("BertConfig", "BertForSequenceClassification")}
 
@@ -54,12 +56,12 @@ def run_e2e(
 
                 hf_flash_plus.skip_padding(model)
         except Exception as error:  # an implementation's failure is a result
-            rows += [_row(work, name, "error", _short(error)) for work in config.works]
+            rows += [_row(work, name, "error", _short(error)) for work in config.works if _wants(work, name)]
             save(rows)
             continue
         peers.append(Peer(name, model, options.get("provider")))
     for work in config.works:
-        progress(f"{work_name(work)}: {', '.join(peer.name for peer in peers)}")
+        progress(f"{work_name(work)}: {', '.join(peer.name for peer in peers if _wants(work, peer.name))}")
         rows += _measure(config, peers, work, device)
         save(rows)
         torch._dynamo.reset()
@@ -67,18 +69,26 @@ def run_e2e(
     return rows
 
 
+def _wants(work: dict[str, Any], name: str) -> bool:
+    """Whether a work is measured with an implementation."""
+    return name in work.get("peers", (name,))
+
+
 def work_name(work: dict[str, Any]) -> str:
     """``"train padded 8x2048"``, ``"generate static 16x2048+64"``."""
     kind, layout = work.get("kind"), work.get("layout", "plain")
-    if kind not in ("train", "generate") or layout not in LAYOUTS or not {"batch", "seqlen"} <= set(work):
+    if kind not in KINDS_OF_WORK or layout not in LAYOUTS or not {"batch", "seqlen"} <= set(work):
         raise ConfigError(
-            f"work {work!r}: needs kind (train or generate), batch, seqlen, and a layout of {', '.join(LAYOUTS)}."
+            f"work {work!r}: needs kind (of {', '.join(KINDS_OF_WORK)}), batch, seqlen, "
+            f"and a layout of {', '.join(LAYOUTS)}."
         )
-    unknown = set(work) - {"kind", "layout", "batch", "seqlen", "new_tokens", "cache", "documents"}
+    unknown = set(work) - {"kind", "layout", "batch", "seqlen", "new_tokens", "cache", "documents", "peers"}
     if unknown:
         raise ConfigError(f"work {work!r}: unknown {sorted(unknown)}.")
     words = [kind, *([] if layout == "plain" else [layout]), *([work["cache"]] if work.get("cache") else [])]
-    tail = f"+{work.get('new_tokens', 64)}" if kind == "generate" else ""
+    if kind == "continuous" and (layout != "plain" or work.get("cache")):
+        raise ConfigError(f"work {work!r}: continuous batching has neither layouts nor a choice of caches.")
+    tail = "" if kind == "train" else f"+{work.get('new_tokens', 64)}"
     return f"{' '.join(words)} {work['batch']}x{work['seqlen']}{tail}"
 
 
@@ -135,8 +145,9 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _measure(config: BenchConfig, peers: list[Peer], work: dict[str, Any], device: torch.device) -> list[Row]:
-    """One work with every peer, in interleaved rounds."""
-    make = _train if work["kind"] == "train" else _generate
+    """One work with every peer (or those that it names), in interleaved rounds."""
+    peers = [peer for peer in peers if _wants(work, peer.name)]
+    make = {"train": _train, "generate": _generate, "continuous": continuous}[work["kind"]]
     steps: dict[str, Callable[[], None]] = {}
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}
@@ -172,6 +183,8 @@ def _measure(config: BenchConfig, peers: list[Peer], work: dict[str, Any], devic
                 if elapsed is not None:
                     seconds.setdefault(peer.name, []).append(elapsed)
     _free_gradients(peers, device)
+    for peer in peers:
+        close(peer.model)
     rows = []
     for peer in peers:
         if peer.name in failed or not seconds.get(peer.name):

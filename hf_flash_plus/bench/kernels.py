@@ -13,7 +13,7 @@ from .check import TOLERANCE, Reference
 from .config import BenchConfig, Case, as_dict, peer_name
 from .peers import Declined, Peer, Prepared, get_peer
 from .problem import Problem
-from .timing import CudaClock, HostClock, Measurement, make_clock, measure
+from .timing import CudaClock, HostClock, Measurement, copy_bandwidth, make_clock, measure
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
@@ -29,6 +29,7 @@ def run_kernels(
     """Measure all cases of a benchmark; ``save`` is called with all rows so far after each."""
     peers = [get_peer(peer_name(entry)) for entry in config.peers]
     clock = make_clock(device)
+    copy_gbs = copy_bandwidth(device) if any(case.decoding for case in config.cases) else None
     rows: list[Row] = []
     for direction in config.directions:
         for case in config.cases:
@@ -37,7 +38,7 @@ def run_kernels(
             label = "decode" if case.decoding else direction
             progress(f"{label} {case.name}")
             try:
-                rows += _run_case(config, case, label, peers, device, clock)
+                rows += _run_case(config, case, label, peers, device, clock, copy_gbs)
             except torch.OutOfMemoryError as error:
                 rows += [_row(case, label, peer, "error", _short(error)) for peer in peers]
             save(rows)
@@ -54,6 +55,7 @@ def _run_case(
     peers: Iterable[Peer],
     device: torch.device,
     clock: CudaClock | HostClock,
+    copy_gbs: float | None,
 ) -> list[Row]:
     problem = Problem(case, config.dtype, device)
     reference = Reference(problem, direction == "backward")
@@ -80,7 +82,7 @@ def _run_case(
     if calls:
         measured = measure(calls, clock, rounds=config.rounds, budget_s=config.budget_s, rest_s=config.rest_s)
         for name, times in measured.items():
-            rows[name] |= _result(case, direction, problem, times)
+            rows[name] |= _result(case, direction, problem, times, copy_gbs)
     return list(rows.values())
 
 
@@ -147,10 +149,13 @@ def _row(case: Case, direction: str, peer: Peer, status: str, reason: str = "") 
     return row | ({"reason": reason} if reason else {})
 
 
-def _result(case: Case, direction: str, problem: Problem, measured: Measurement) -> Row:
+def _result(case: Case, direction: str, problem: Problem, measured: Measurement, copy_gbs: float | None) -> Row:
+    """Times and rate; for decoding also ``of_floor``, how many times longer than the memory's copy rate takes for the
+    keys and values."""
     result = measured.as_dict()
     if case.decoding:
         gbs = case.kv_bytes(problem.q.element_size()) / measured.median_ms / 1e6
-        return result | {"value": gbs, "unit": "GB/s", "gbs": gbs}
+        floor = {} if copy_gbs is None else {"copy_gbs": copy_gbs, "of_floor": copy_gbs / gbs}
+        return result | {"value": gbs, "unit": "GB/s", "gbs": gbs} | floor
     tflops = case.flops(direction) / measured.median_ms / 1e9
     return result | {"value": tflops, "unit": "TFLOP/s", "tflops": tflops}

@@ -65,6 +65,8 @@ def _ours(provider: str | None) -> Callable[[Problem, bool], Prepared]:
 
         if provider is not None and provider not in dispatch.PROVIDERS:
             raise Declined(f"there is no provider {provider!r}")
+        if problem.case.page_size:
+            return _paged(problem, provider)
         q, k, v = problem.leaves()
         mask = problem.mask
         with torch.set_grad_enabled(training), use_provider(provider) if provider else nullcontext():
@@ -84,13 +86,73 @@ def _ours(provider: str | None) -> Callable[[Problem, bool], Prepared]:
     return build
 
 
+def _paged(problem: Problem, provider: str | None) -> Prepared:
+    """From pages, as continuous batching reads them; the row intervals are made once, as for all layers."""
+    from .. import ops
+    from ..dispatch import use_provider
+    from ..inputs import AttentionInputs, validate
+    from ..masks import AttentionMask
+
+    q, case = problem.q, problem.case
+    k_pages, v_pages, table = problem.pages
+    keys, values = (t.new_empty(()).expand(case.batch, case.seqlen, *t.shape[2:]) for t in (k_pages, v_pages))
+    inputs = AttentionInputs(q, keys, values, problem.scale, AttentionMask(row_intervals=problem.intervals.clone()))
+    validate(inputs)
+
+    def forward() -> Tensor:
+        with torch.no_grad(), use_provider(provider) if provider else nullcontext():
+            return ops.paged_attention(inputs, k_pages, v_pages, table, "bench").out
+
+    return Prepared((q, problem.k, problem.v), problem.dout, forward, _same)
+
+
+def _layer(implementation: str) -> Callable[[Problem, bool], Prepared]:
+    """A decoding step's call as a layer of a Transformers model makes it, in its layout and with its mask."""
+
+    def build(problem: Problem, training: bool) -> Prepared:
+        case = problem.case
+        if not case.decoding or case.page_size or training:
+            raise Declined("measured on decoding from one cache only")
+        try:
+            from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        except ImportError as error:
+            raise Declined(f"cannot be imported ({error})") from None
+        padding = None
+        if case.mask == "padded":
+            index = torch.arange(case.seqlen, device=problem.device)
+            padding = index[None] >= case.seqlen - problem.lengths[:, None]
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+            batch_size=case.batch, q_length=1, kv_length=case.seqlen, q_offset=case.seqlen - 1, attention_mask=padding,
+            device=problem.device, dtype=problem.dtype,
+        )  # fmt: skip
+        module = torch.nn.Module()
+        module.is_causal, module.num_key_value_groups = True, case.heads // case.kv_heads
+        q, k, v = (t.transpose(1, 2).contiguous() for t in (problem.q, problem.k, problem.v))
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+
+        def forward() -> Tensor:
+            out: Tensor = attend(module, q, k, v, mask, dropout=0.0, scaling=problem.scale)[0]
+            return out
+
+        return Prepared((q, k, v), problem.dout, forward, _same)
+
+    return build
+
+
 # --- torch ---
+
+
+def _decline_pages(problem: Problem) -> None:
+    if problem.case.page_size:
+        raise Declined("reads no pages")
 
 
 def _sdpa(backend: str | None) -> Callable[[Problem, bool], Prepared]:
     def build(problem: Problem, training: bool) -> Prepared:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        _decline_pages(problem)
         q, k, v = problem.leaves()
         mask = problem.dense_mask
         causal = problem.causal and mask is None and not problem.case.decoding
@@ -169,6 +231,9 @@ def _flash_attn(generation: int) -> Callable[[Problem, bool], Prepared]:
     def build(problem: Problem, training: bool) -> Prepared:
         if problem.device.type != "cuda":
             raise Declined("flash-attn needs CUDA")
+        _decline_pages(problem)
+        if problem.case.decoding and problem.case.mask == "padded":
+            raise Declined("not measured on padded decoding: it would need the keys of each row in one piece")
         try:
             module = importlib.import_module(_FLASH_MODULES[generation])
             dense_func, varlen_func = module.flash_attn_func, module.flash_attn_varlen_func
@@ -221,6 +286,8 @@ PEERS: dict[str, Peer] = {
         Peer("flash_attn", "hf_flash_plus, provider flash_attn", _ours("flash_attn")),
         Peer("torch_sdpa", "hf_flash_plus, provider torch_sdpa", _ours("torch_sdpa")),
         Peer("reference", "hf_flash_plus, provider reference", _ours("reference")),
+        Peer("layer", "flash_plus as a layer of a Transformers model calls it", _layer("flash_plus")),
+        Peer("layer_sdpa", "sdpa as a layer of a Transformers model calls it", _layer("sdpa")),
         Peer("sdpa", "torch SDPA, its own choice of backend", _sdpa(None)),
         Peer("sdpa_flash", "torch SDPA, flash backend (FlashAttention-2)", _sdpa("FLASH_ATTENTION")),
         Peer("sdpa_cudnn", "torch SDPA, cuDNN backend", _sdpa("CUDNN_ATTENTION")),

@@ -57,8 +57,8 @@ class Problem:
 
     @cached_property
     def real(self) -> Tensor:
-        """bool ``(batch, seqlen)``: the positions of a padded case that are no padding."""
-        if self.case.mask != "padded":
+        """bool ``(batch, rows)``: the query rows that are no padding."""
+        if self.case.mask != "padded" or self.case.decoding:
             return torch.ones(self.case.batch, self.case.rows, dtype=torch.bool, device=self.device)
         return torch.arange(self.case.seqlen, device=self.device)[None] < self.lengths[:, None]
 
@@ -86,6 +86,8 @@ class Problem:
             start = (diagonal - case.window).clamp(min=0)
         elif case.mask == "packed":
             start = row // case.lengths[0] * case.lengths[0]
+        elif case.mask == "padded" and case.decoding:
+            start, end = case.seqlen - self.lengths[:, None], end.expand(case.batch, -1)
         elif case.mask == "padded":
             end = torch.where(self.real, end, 0)
             start = start.expand_as(end)
@@ -107,6 +109,18 @@ class Problem:
         return AttentionMask(causal=self.causal)
 
     @cached_property
+    def pages(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values in pages ``(pages, page_size, kv_heads, head_dim)`` in random order, and the block table."""
+        case = self.case
+        per_row = case.seqlen // case.page_size
+        order = torch.randperm(case.batch * per_row, generator=torch.Generator().manual_seed(0)).to(self.device)
+        shape = (-1, case.page_size, case.kv_heads, case.head_dim)
+        k_pages, v_pages = (
+            torch.empty_like(t).view(shape).index_copy_(0, order, t.view(shape)) for t in (self.k, self.v)
+        )
+        return k_pages, v_pages, order.view(case.batch, per_row).to(torch.int32)
+
+    @cached_property
     def dense_mask(self) -> Tensor | None:
         """bool ``(batch or 1, 1, rows, seqlen)`` for torch's SDPA; None where flags suffice.
 
@@ -115,7 +129,7 @@ class Problem:
         if self.plain and (self.case.rows == self.case.seqlen or not self.causal or self.case.decoding):
             return None
         keys = torch.arange(self.case.seqlen, device=self.device)
-        if self.case.mask == "padded":
+        if self.case.mask == "padded" and not self.case.decoding:
             return ((keys[None] <= keys[:, None])[None] & self.real[:, None, :])[:, None]
         start, end = self.intervals[..., :1], self.intervals[..., 1:]
         return ((keys >= start) & (keys < end))[:, None]

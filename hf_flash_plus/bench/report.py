@@ -115,4 +115,7 @@ def _cell(row: Row | None) -> str:
         return f"[yellow]{row['status']}[/yellow]" if row["status"] == "declined" else f"[red]{row['status']}[/red]"
     value = row["value"]
     text = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-    return text + (f" [dim]{row['ratio']:.2f}x[/dim]" if "ratio" in row else "")
+    text += f" [dim]{row['ratio']:.2f}x[/dim]" if "ratio" in row else ""
+    if row["direction"] == "decode":  # there the host's time decides, too
+        text += f"\n[dim]{row['median_ms'] * 1e3:.1f} us, host {row['host_us']:.0f}[/dim]"
+    return text

@@ -85,6 +85,23 @@ def make_clock(device: torch.device) -> CudaClock | HostClock:
     return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
+def copy_bandwidth(device: torch.device, n_bytes: int = 2**30) -> float | None:
+    """GB/s of a large copy in the device's memory, reads and writes counted; None where there is no clock for it."""
+    if device.type != "cuda":
+        return None
+    source = torch.empty(n_bytes, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(7):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return 2 * n_bytes / statistics.median(times) / 1e6
+
+
 def measure(
     calls: dict[str, Callable[[], Any]],
     clock: CudaClock | HostClock,

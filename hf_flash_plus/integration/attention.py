@@ -73,6 +73,17 @@ def flash_plus_attention(
         NotImplementedError: ``block_indices`` (block-sparse attention), or a call that no provider serves.
         ValueError: a mask that cannot be understood.
     """
+    short = (
+        query.shape[2] == 1
+        and block_indices is cache is position_bias is indices is sinks is s_aux is None
+        and not dropout
+        and not torch.compiler.is_compiling()
+        and decoding.plain(kwargs)
+    )
+    if short:
+        found = decoding.short_way(query, key, value, attention_mask, scaling, softcap)
+        if found is not None:
+            return found, None
     if block_indices is not None:
         raise NotImplementedError(
             "attn_implementation='flash_plus' does not compute block-sparse attention (block_indices); "
@@ -84,13 +95,7 @@ def flash_plus_attention(
         )
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     known = None
-    if (
-        seqlen_q == 1
-        and position_bias is indices is sinks is s_aux is None
-        and not dropout
-        and not torch.compiler.is_compiling()
-        and decoding.plain(kwargs)
-    ):
+    if short:
         known = decoding.candidate(
             module, query, key, value, attention_mask, scaling, sliding_window, softcap, is_causal
         )
@@ -281,8 +286,11 @@ def _packed(mask: AttentionMask, query: Tensor, key: Tensor, kwargs: dict[str, A
             f"cu_seq_lens_q describes one flattened row, but the batch is {query.shape[0]}; flatten the batch "
             "(DataCollatorWithFlattening), or pass position_ids that restart at every document."
         )
-    memo_key = (mask.causal, mask.window, query.shape[2], carrier.version(cu_q))
-    memo = None if torch.compiler.is_compiling() else getattr(cu_q, _MEMO, None)
+    memo_key: tuple[object, ...] = (mask.causal, mask.window, query.shape[2], carrier.version(cu_q))
+    memo = None
+    if not torch.compiler.is_compiling():
+        memo_key += (carrier.capturing(cu_q),)
+        memo = getattr(cu_q, _MEMO, None)
     if memo is not None and memo[0] == memo_key:
         result: AttentionMask = memo[1]
         return result

@@ -17,15 +17,16 @@ serve.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import AttentionMask, intersect_intervals, window_intervals, with_intervals
+from ..providers.base import DecodingTicket
 
-_ATTRIBUTE = "_hf_flash_plus_mask"
+ATTRIBUTE = "_hf_flash_plus_mask"
 _WORD = 16
 
 
@@ -40,6 +41,7 @@ class Carried:
         repack: makes the same mask for packed ``position_ids``; None where only an intersection is left to do.
         row_ends: ``(batch,)``: rows from here on are padding that sees nothing; None where there are none such.
         n_rows: the sum of ``row_ends``, where it is known on the host.
+        tickets: of decoding steps with this mask (see ``decoding.py``).
     """
 
     mask: AttentionMask
@@ -47,6 +49,7 @@ class Carried:
     repack: Callable[[Tensor], AttentionMask] | None = None
     row_ends: Tensor | None = None
     n_rows: int | None = None
+    tickets: dict[tuple[object, ...], DecodingTicket] = field(default_factory=dict)
 
 
 def _columns(seqlen_q: int, seqlen_k: int) -> int:
@@ -88,13 +91,18 @@ def encode(intervals: Tensor, key_mask: Tensor | None, key_holes: Tensor | None,
 
 def attach(carrier: Tensor, carried: Carried) -> Tensor:
     """The carrier itself, with what it holds riding along."""
-    setattr(carrier, _ATTRIBUTE, (carried, version(carrier)))
+    setattr(carrier, ATTRIBUTE, (carried, version(carrier)))
     return carrier
 
 
 def version(tensor: Tensor) -> int | None:
     """Counts the in-place changes of a tensor; None where torch does not (``torch.inference_mode``)."""
     return None if tensor.is_inference() else tensor._version
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether a call with this tensor is captured into a CUDA graph: what is remembered from before is not in it."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_carrier(attention_mask: Tensor) -> bool:
@@ -108,7 +116,7 @@ def attached(carrier: Tensor, seqlen_q: int) -> Carried | None:
     Raises:
         ValueError: the tensor was changed since.
     """
-    found = getattr(carrier, _ATTRIBUTE, None)
+    found = getattr(carrier, ATTRIBUTE, None)
     if found is None or carrier.shape[2] != seqlen_q:
         return None
     carried: Carried = found[0]

@@ -11,14 +11,20 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import interface, kvcache
+from .. import kvcache, ops
+from ..inputs import AttentionInputs, validate
+from ..masks import AttentionMask, PackedSequences, varlen_mask
+from ..providers import PROVIDERS
+from . import carrier
 
+_MEMO = "_hf_flash_plus_masks"
 #: The module of Transformers that decides whether block tables are used; imported with the first model that generates.
 _INITIALIZATION = "transformers.generation.continuous_batching.initialization"
 
@@ -109,22 +115,50 @@ def paged_attention(
         return out, None
     keys, values = _update(cache, module, key, value, window, kwargs)
     cu_q, cu_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
-    out = interface.flash_attn_varlen_func(
-        query[0].transpose(0, 1),
-        keys,
-        values,
-        cu_q.to(torch.int32),
-        cu_k.to(torch.int32),
-        query.shape[2],
-        keys.shape[0],
-        dropout_p=dropout,
-        softmax_scale=scaling,
-        causal=bool(getattr(module, "is_causal", True)),
-        window_size=(window - 1, 0) if window else (-1, -1),
-        softcap=softcap or 0.0,
-        s_aux=s_aux,
+    causal = bool(getattr(module, "is_causal", True))
+    if getattr(module, "layer_idx", 0) == 0:
+        _forget_masks(cu_q)
+    mask = _mask(cu_q.to(torch.int32), cu_k.to(torch.int32), query.shape[2], keys.shape[0], causal, window)
+    inputs = AttentionInputs(
+        _last_contiguous(query.transpose(1, 2)),
+        _last_contiguous(keys[None]),
+        _last_contiguous(values[None]),
+        float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
+        mask,
+        float(softcap or 0.0),
+        None,
+        s_aux,
+        float(dropout),
     )
-    return out[None], None
+    validate(inputs)
+    return ops.attention(inputs, "continuous batching").out, None
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _mask(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, causal: bool, window: int | None) -> AttentionMask:
+    """The mask of a step, made by the first layer and kept with ``cu_q`` for the others: the torch operations that make
+    it would be more than all the rest of a layer's.
+
+    Transformers runs a step once and then captures it into a CUDA graph with the same tensors: what was made before the
+    capture is not part of the graph, and must not serve in it.
+    """
+    versions = carrier.version(cu_q), carrier.version(cu_k)
+    key = (*versions, total_q, total_k, causal, window, carrier.capturing(cu_q))
+    compiling = torch.compiler.is_compiling()
+    known: list[tuple[tuple[object, ...], Tensor, AttentionMask]] = [] if compiling else getattr(cu_q, _MEMO, [])
+    for made_for, lengths, mask in known:
+        if made_for == key and lengths is cu_k:
+            return mask
+    bounds = (window - 1, 0) if window else (-1, -1)
+    mask = varlen_mask(cu_q, cu_k, total_q, causal=causal, window=bounds)
+    packed = PackedSequences(cu_q, cu_k, total_q, total_k, causal, bounds)
+    mask = replace(mask, packed=packed, row_positions=None)
+    if None not in versions and not compiling:  # else nobody would see that they changed
+        setattr(cu_q, _MEMO, [*known[-3:], (key, cu_k, mask)])
+    return mask
 
 
 def _by_block_table(
@@ -150,6 +184,18 @@ def _by_block_table(
     k_cache, v_cache, table, cu_k = _pages(cache, module, key, value, window, kwargs)
     new_q, new_k, new_v = (x[0].transpose(0, 1)[:, None] for x in (query, key, value))
     requests = new_q.shape[0]
+    if _appends_in_one_launch(new_k, new_v, k_cache, v_cache, table):
+        from ..kernels.append import NO_WINDOW, append
+
+        intervals = append(new_k[:, 0], new_v[:, 0], k_cache, v_cache, table, cu_k, window or NO_WINDOW)
+        slots = table.shape[1] * k_cache.shape[1]
+        keys, values = (c.new_empty(()).expand(requests, slots, *c.shape[2:]) for c in (k_cache, v_cache))
+        scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+        mask = AttentionMask(row_intervals=intervals)
+        inputs = AttentionInputs(new_q, keys, values, scale, mask, float(softcap or 0.0), None, s_aux)
+        validate(inputs)
+        with torch.no_grad():
+            return ops.paged_attention(inputs, k_cache, v_cache, table, "continuous batching").out.transpose(0, 1)
     total = (cu_k[1 : requests + 1] - cu_k[:requests]).to(torch.int32)
     # Rows that only fill up a CUDA graph have no keys and no pages. They repeat the first request's write instead, so
     # that nothing depends on how many rows are real, which the host does not know.
@@ -169,6 +215,24 @@ def _by_block_table(
         s_aux=s_aux,
     )
     return out.transpose(0, 1)
+
+
+def _forget_masks(cu_q: Tensor) -> None:
+    if not torch.compiler.is_compiling() and hasattr(cu_q, _MEMO):
+        delattr(cu_q, _MEMO)
+
+
+def _appends_in_one_launch(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor) -> bool:
+    """Whether our kernel can write the new tokens: on the current CUDA device, with the layouts that caches have."""
+    return (
+        k.is_cuda
+        and k.device.index == torch.cuda.current_device()
+        and all(t.device == k.device and t.dtype == k.dtype and t.stride(-1) == 1 for t in (k, v, k_cache, v_cache))
+        and table.dtype == torch.int32
+        and table.device == k.device
+        and table.stride(-1) == 1
+        and PROVIDERS["triton"].unavailable_reason() is None
+    )
 
 
 def _pages(

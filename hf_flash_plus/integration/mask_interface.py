@@ -230,30 +230,46 @@ def _one_token(device: torch.device) -> Tensor:
     return found
 
 
-def _one_padded_token(
-    mask_function: Callable[..., Any], attention_mask: Tensor, kv_length: int, kv_offset: int
+def _one_row(
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    device: torch.device,
 ) -> Tensor | None:
-    """The carrier of the last query row over padded keys, made by one kernel; None where it does not apply."""
+    """The carrier of one query row over padded keys or the slots of a static cache, made by one kernel; None where that
+    does not apply."""
     flags = _flags(mask_function)
-    if flags is None or flags.window[1] >= 0 or attention_mask.dtype != torch.bool or kv_length == 0:
+    if flags is None or flags.window[1] >= 0 or kv_length == 0:
         return None
-    if not attention_mask.is_cuda or attention_mask.device.index != torch.cuda.current_device():
+    if isinstance(q_offset, Tensor):
+        if not flags.causal or q_offset.numel() != 1 or q_offset.is_floating_point() or q_offset.device != device:
+            return None
+    elif not flags.causal:
+        q_offset = kv_offset + kv_length - 1
+    if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.device != device):
+        return None
+    if device.type != "cuda" or device.index != torch.cuda.current_device():
         return None  # launches go to the current device
-    if PROVIDERS["triton"].unavailable_reason() is not None:
-        return None
-    from ..kernels.padding import padding
+    if device not in _one_row_devices:
+        if PROVIDERS["triton"].unavailable_reason() is not None:
+            return None
+        _one_row_devices.add(device)  # that Triton can compile is looked for on the disk: not at every token
+    from ..kernels.padding import NO_WINDOW, padding
 
-    row_start = 0 if flags.window[0] < 0 else max(0, kv_length - 1 - flags.window[0])
-    made = padding(attention_mask, kv_length, kv_offset, row_start)
-    mask = AttentionMask(
-        row_intervals=made.carrier[:, 0, :, :2],
-        key_mask=_local_padding(attention_mask, kv_length, kv_offset),
-        key_holes=made.holes,
-    )
+    window = flags.window[0] + 1 if flags.windowed else NO_WINDOW
+    made = padding(attention_mask, kv_length, kv_offset, q_offset, window)
+    if attention_mask is None:
+        return carrier.attach(made.carrier, carrier.Carried(AttentionMask(row_intervals=made.intervals)))
+    whole = kv_offset == 0 and attention_mask.shape[-1] == kv_length
+    key_mask = attention_mask if whole else _local_padding(attention_mask, kv_length, kv_offset)
+    mask = AttentionMask(row_intervals=made.intervals, key_mask=key_mask, key_holes=made.holes)
     return carrier.attach(made.carrier, carrier.Carried(mask))
 
 
 _one_token_carriers: dict[torch.device, Tensor] = {}
+_one_row_devices: set[torch.device] = set()
 
 
 def flash_plus_mask(
@@ -308,12 +324,12 @@ def flash_plus_mask(
     flags = _flags(mask_function) if aligned and attention_mask is None and not compiling else None
     device = torch.device(device)
     if q_length == 1 and not compiling:
-        if flags is not None and not flags.windowed:
-            return _one_token(device)
+        if flags is not None and (not flags.windowed or (flags.causal and kv_length <= flags.window[0] + 1)):
+            return _one_token(device)  # the whole window is there to be seen: a sliding cache keeps no more
         if device.type in DENSE_ONE_ROW:
             return _dense(arguments)  # one row: as small as a carrier, and what torch's SDPA takes as it is
-        if aligned and attention_mask is not None and not isinstance(kv_offset, Tensor):
-            found = _one_padded_token(mask_function, attention_mask, kv_length, kv_offset)
+        if not isinstance(kv_offset, Tensor):
+            found = _one_row(mask_function, attention_mask, kv_length, q_offset, kv_offset, device)
             if found is not None:
                 return found
 

@@ -86,8 +86,13 @@ CLASS_DICT_MODULES: dict[str, str] = {
 
 def dense_mask_kind(config: Any) -> str | None:
     """``"bool"`` or ``"additive"`` where the model of this config reads its masks, so that they must be dense."""
+    return _dense_mask_kind(getattr(config, "model_type", None))
+
+
+@cache  # asked for every mask; configurations are slow to read
+def _dense_mask_kind(model_type: Any) -> str | None:
     for kind, families in (("bool", DENSE_MASK_MODELS), ("additive", ADDITIVE_MASK_MODELS)):
-        if any(_is_of_family(config, name) for name in families):
+        if any(_is_of_family(model_type, name) for name in families):
             return kind
     return None
 
@@ -99,8 +104,7 @@ def skips_padded_rows(config: Any) -> bool:
     return getattr(config, "model_type", None) in TOKENWISE_ENCODERS | TOKENWISE_DECODERS
 
 
-def _is_of_family(config: Any, family: str) -> bool:
-    model_type = getattr(config, "model_type", None)
+def _is_of_family(model_type: Any, family: str) -> bool:
     return isinstance(model_type, str) and (model_type == family or model_type.startswith(family + "_"))
 
 
@@ -142,6 +146,6 @@ def unsupported_reason(model: Any) -> str | None:
         return "Falcon with ALiBi adds its bias to a dense mask that its flash attention class never sees"
     for name, refusal in UNSUPPORTED_MODELS.items():
         fixed = refusal.before is not None and version.parse(transformers.__version__) >= version.parse(refusal.before)
-        if not fixed and _is_of_family(model.config, name):
+        if not fixed and _is_of_family(getattr(model.config, "model_type", None), name):
             return refusal.reason
     return _module_reason(module_name)

@@ -5,13 +5,15 @@ the key head, ``(query head of the group, query row)`` with the row varying fast
 splits divide the keys that the rows of the batch element really see (from flags or row intervals, read on the device),
 not the slots of the cache: a static cache that is mostly empty, a window or left padding leave no program idle. The
 program of a tile of rows that finishes last combines its splits by their log-sum-exps, in the order of the keys: no
-second launch, and the same bits every time.
+second launch, and the same bits every time. That needs counters that are zero before; where nobody can keep them (CUDA
+graphs), :func:`attention_decode_combine` does it in a launch of its own.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .primitives import (
     BIAS_BOOL,
@@ -109,6 +111,7 @@ def attention_decode(
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -120,13 +123,18 @@ def attention_decode(
     With PAGE_SIZE > 0, ``k`` and ``v`` are ``(pages, PAGE_SIZE, nheads_k, dim)``, their ``stride_b`` is a page's, and
     ``table`` ``(batch, pages of a row)`` says which page holds which keys. With more than one split, ``parts`` fp32
     ``(row tiles, n_splits, BLOCK_M, BLOCK_DV)`` and ``part_lse`` fp32 ``(row tiles, n_splits, BLOCK_M)`` are room for
-    the splits' results, and ``counters`` int32 ``(row tiles,)`` is zero before and after; else they are None.
+    the splits' results; else they are None. ``counters`` int32 ``(row tiles,)`` is zero before and after; without them
+    the splits are left for :func:`attention_decode_combine`.
     """
     FLOAT_BIAS: tl.constexpr = BIAS == BIAS_FLOAT
     BOOL_BIAS: tl.constexpr = BIAS == BIAS_BOOL
     ADDED: tl.constexpr = HAS_ALIBI or HAS_SOFTCAP or FLOAT_BIAS
     PRECISE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    # A tile of keys lies in one page: its place is looked up once, not for each key.
+    ONE_PAGE: tl.constexpr = PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0
 
+    if EARLY and parts_ptr is not None and counters_ptr is None:
+        gdc_launch_dependents()  # the combination waits for all of this launch, but its own start is then behind it
     pid = tl.program_id(0)
     split = pid % n_splits
     unit = pid // n_splits
@@ -169,7 +177,10 @@ def attention_decode(
             full_last = 0
     if BOOL_BIAS:
         full_last = 0
-    first = tl.minimum(first, last) // KEY_ALIGNMENT * KEY_ALIGNMENT
+    if ONE_PAGE:
+        first = tl.minimum(first, last) // BLOCK_N * BLOCK_N
+    else:
+        first = tl.minimum(first, last) // KEY_ALIGNMENT * KEY_ALIGNMENT
     # Splits are whole tiles, so that only the last one of the row is cut.
     tiles_per_split = tl.cdiv(tl.cdiv(last - first, BLOCK_N), n_splits)
     split_first = first + split * tiles_per_split * BLOCK_N
@@ -216,6 +227,12 @@ def attention_decode(
                 wide_key = first_key.to(tl.int64)
                 k_rows, v_rows = local_keys.to(tl.int64) * k_stride_s, local_keys.to(tl.int64) * v_stride_s
                 k_tile, v_tile = k_base + wide_key * k_stride_s, v_base + wide_key * v_stride_s
+            elif ONE_PAGE:
+                page = tl.load(table_ptr + first_key // PAGE_SIZE).to(tl.int64)
+                slot = (first_key % PAGE_SIZE).to(tl.int64)
+                k_rows, v_rows = local_keys.to(tl.int64) * k_stride_s, local_keys.to(tl.int64) * v_stride_s
+                k_tile = k_base + page * k_stride_b + slot * k_stride_s
+                v_tile = v_base + page * v_stride_b + slot * v_stride_s
             else:
                 page = tl.load(table_ptr + keys // PAGE_SIZE, mask=in_range, other=0).to(tl.int64)
                 k_rows = page * k_stride_b + (keys % PAGE_SIZE) * k_stride_s
@@ -255,7 +272,7 @@ def attention_decode(
     nheads = nheads_k * group
     out_rows = ((batch * seqlen_q + rows) * nheads + heads) * V_HEAD_DIM
     lse_rows = (batch * nheads + heads) * seqlen_q + rows
-    if counters_ptr is None:
+    if parts_ptr is None:
         _store_rows(out_ptr, lse_ptr, out_rows, lse_rows, acc, lse, pair_ok, V_HEAD_DIM)
     else:
         local = tl.arange(0, BLOCK_M)
@@ -263,17 +280,18 @@ def attention_decode(
         slot = pid.to(tl.int64)
         tl.store(parts_ptr + slot * (BLOCK_M * BLOCK_DV) + tile_offsets, acc, mask=pair_ok[:, None])
         tl.store(part_lse_ptr + slot * BLOCK_M + local, lse)
-        # All threads' stores first, then one thread's release: whoever counts last acquires everybody's.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters_ptr + unit, 1, sem="acq_rel")
-        if arrived == n_splits - 1:
-            first_slot = unit.to(tl.int64) * n_splits
-            acc, lse = _combine(
-                parts_ptr + first_slot * (BLOCK_M * BLOCK_DV) + tile_offsets,
-                part_lse_ptr + first_slot * BLOCK_M + local, n_splits, pair_ok, BLOCK_M, BLOCK_DV,
-            )  # fmt: skip
-            _store_rows(out_ptr, lse_ptr, out_rows, lse_rows, acc, lse, pair_ok, V_HEAD_DIM)
-            tl.store(counters_ptr + unit, 0)
+        if counters_ptr is not None:
+            # All threads' stores first, then one thread's release: whoever counts last acquires everybody's.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(counters_ptr + unit, 1, sem="acq_rel")
+            if arrived == n_splits - 1:
+                first_slot = unit.to(tl.int64) * n_splits
+                acc, lse = _combine(
+                    parts_ptr + first_slot * (BLOCK_M * BLOCK_DV) + tile_offsets,
+                    part_lse_ptr + first_slot * BLOCK_M + local, n_splits, pair_ok, BLOCK_M, BLOCK_DV,
+                )  # fmt: skip
+                _store_rows(out_ptr, lse_ptr, out_rows, lse_rows, acc, lse, pair_ok, V_HEAD_DIM)
+                tl.store(counters_ptr + unit, 0)
 
 
 @triton.jit
@@ -317,3 +335,56 @@ def _combine(parts, part_lse, n_splits, pair_ok, BLOCK_M: tl.constexpr, BLOCK_DV
     safe_total = tl.where(total == 0.0, 1.0, total)
     lse = tl.where(total == 0.0, float("-inf"), top + tl.log(safe_total))
     return acc / safe_total[:, None], lse
+
+
+@triton.jit(do_not_specialize=("nheads_k", "group", "seqlen_q", "n_splits", "n_row_tiles"))
+def attention_decode_combine(
+    parts_ptr,
+    part_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    nheads_k,
+    group,
+    seqlen_q,
+    n_splits,
+    n_row_tiles,
+    V_HEAD_DIM: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """One row of ``out`` (and ``lse``) from its splits, where :func:`attention_decode` had no counters."""
+    pair = tl.program_id(0)
+    pairs = group * seqlen_q
+    batch_head, in_group = pair // pairs, pair % pairs
+    unit = batch_head * n_row_tiles + in_group // BLOCK_M
+    local = in_group % BLOCK_M
+    batch, k_head = (batch_head // nheads_k).to(tl.int64), batch_head % nheads_k
+    row, head = in_group % seqlen_q, k_head * group + in_group // seqlen_q
+    v_dims, some = tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_SPLITS)
+    first_slot = unit.to(tl.int64) * n_splits
+    top = float("-inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    if EARLY:
+        gdc_wait()
+    for base in range(0, n_splits, BLOCK_SPLITS):
+        inside = base + some < n_splits
+        slots = (first_slot + base + some) * BLOCK_M + local
+        lses = tl.load(part_lse_ptr + slots, mask=inside, other=float("-inf"))
+        parts = tl.load(parts_ptr + slots[:, None] * BLOCK_DV + v_dims[None, :], mask=inside[:, None], other=0.0)
+        new_top = tl.maximum(top, tl.max(lses, axis=0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay = tl.math.exp2((top - shift) * LOG2E)
+        weights = tl.math.exp2((lses - shift) * LOG2E)
+        total = total * decay + tl.sum(weights, axis=0)
+        acc = acc * decay + tl.sum(parts * weights[:, None], axis=0)
+        top = new_top
+    nheads = nheads_k * group
+    safe_total = tl.where(total == 0.0, 1.0, total)
+    out_row = ((batch * seqlen_q + row) * nheads + head) * V_HEAD_DIM
+    tl.store(out_ptr + out_row + v_dims, acc / safe_total, mask=v_dims < V_HEAD_DIM)
+    if lse_ptr is not None:
+        lse = tl.where(total == 0.0, float("-inf"), top + tl.log(safe_total))
+        tl.store(lse_ptr + (batch * nheads + head) * seqlen_q + row, lse)

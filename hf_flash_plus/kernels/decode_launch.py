@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import MAX_ROW_STRIDE, SHORT_QUERY, AttentionInputs
-from ..masks import AttentionMask
+from ..inputs import SHORT_QUERY, AttentionInputs
 from . import tiles
-from .decode import attention_decode
-from .launch import _NO_STRIDES, Call, Launch, Plan, Structure, _cdiv, _reusable, _strides, prepare
+from .decode import attention_decode, attention_decode_combine
+from .launch import _NO_STRIDES, Call, Launch, Plan, Structure, _cdiv, _reusable, _strides, prepare, raw_stream
 
 MAX_SPLITS = 128
 _WARPS = 4
@@ -25,37 +24,33 @@ def serves(inputs: AttentionInputs) -> bool:
     return inputs.seqlen_q <= SHORT_QUERY and inputs.dropout_p == 0.0
 
 
-def _block_n(s: Structure) -> int:
-    """Keys of a tile: at most 16 KiB of keys, the values as many, so that several stages fit shared memory."""
-    if s.device.arch == "interpreter":
-        return 32  # small tiles, so that small tests have several
-    return max(16, min(64, 16384 // _row_bytes(s)))
-
-
 def _row_bytes(s: Structure) -> int:
     return tiles.padded(max(s.head_dim, s.v_head_dim)) * s.dtype.itemsize
 
 
-def _stages(s: Structure) -> int:
-    """Stages of the load pipeline: 4, or what shared memory has room for (AMD's compiler pipelines in registers)."""
+@cache
+def _tile(s: Structure, block_m: int, programs: int) -> tiles.Tile:
+    """The tile of a call with that many (key head, tile of rows) pairs: 16 KiB of keys in three stages, as a rule.
+
+    Timed on an H100 in CUDA graphs, 32 query and 8 key heads, 1 to 64 rows over 512 to 32768 keys. A multiprocessor is
+    busy with one program of such tiles, and 64 programs get all that the memory gives. Four stages are 2 percent slower
+    at head dim 128 (and 8 warps, and tiles of 32 or 128 keys), but 6 percent faster than three for the tiles of head
+    dim 64 where there is a program for each multiprocessor; beyond that, 128 keys in two stages leave room for three.
+    """
+    row_bytes, cores = _row_bytes(s), s.device.n_cores
+    if s.device.arch == "interpreter":
+        return tiles.Tile(block_m, 32, _WARPS, 1)  # small tiles, so that small tests have several
     shared = _SHARED.get(s.device.arch)
-    if shared is None:
-        return 1
-    tile = 2 * _block_n(s) * _row_bytes(s)
-    # On an H200, 4 stages for one program are 10 percent faster than 3 for each of two.
-    return min(4, max(1, shared // tile - 1))
-
-
-def _slots(s: Structure) -> int:
-    """Programs that the device runs at a time."""
-    shared = _SHARED.get(s.device.arch, 64 * 1024)
-    used = _stages(s) * 2 * _block_n(s) * _row_bytes(s) + 4096
-    return s.device.n_cores * max(1, min(4, shared // used))
+    if shared is None:  # AMD's compiler pipelines in registers
+        return tiles.Tile(block_m, max(16, min(64, 16384 // row_bytes)), _WARPS, 1)
+    block_n, stages = max(16, min(64, 16384 // row_bytes)), 3
+    if row_bytes <= 128 and block_m == 16:
+        block_n, stages = (128, 3) if 2 * programs <= cores else (64, 4) if programs <= cores else (128, 2)
+    return tiles.Tile(block_m, block_n, _WARPS, min(stages, max(1, shared // (2 * block_n * row_bytes) - 1)))
 
 
 @cache
-def _decode_plan(s: Structure, block_m: int, page_size: int) -> Plan:
-    stages = _stages(s)
+def _decode_plan(s: Structure, tile: tiles.Tile, page_size: int) -> Plan:
     options = {
         "HEAD_DIM": s.head_dim,
         "V_HEAD_DIM": s.v_head_dim,
@@ -71,15 +66,16 @@ def _decode_plan(s: Structure, block_m: int, page_size: int) -> Plan:
         "HAS_SINKS": s.sinks,
         "HAS_SOFTCAP": s.softcap,
         "INPUT_PRECISION": s.device.fp32_precision if s.dtype == torch.float32 else "ieee",
-        "BLOCK_M": block_m,
-        "BLOCK_N": _block_n(s),
+        "EARLY": _starts_early(s),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
         "BLOCK_D": tiles.padded(s.head_dim),
         "BLOCK_DV": tiles.padded(s.v_head_dim),
-        "num_warps": _WARPS,
-        "num_stages": stages,
+        "num_warps": tile.num_warps,
+        # The compiler gives the look-up of the page every other stage of the pipeline.
+        "num_stages": 2 * tile.num_stages - 1 if page_size else tile.num_stages,
         "enable_fp_fusion": True,
     }
-    tile = tiles.Tile(block_m, _block_n(s), _WARPS, stages)
     return Plan(attention_decode, tile, options, _reusable(s, attention_decode))
 
 
@@ -88,45 +84,48 @@ def _row_block(pairs: int) -> int:
     return min(64, max(16, 1 << (pairs - 1).bit_length()))
 
 
+def _starts_early(s: Structure) -> bool:
+    """Whether the launch that combines may start while splits are still computed (programmatic dependent launch)."""
+    return s.device.arch in ("sm90", "sm100")
+
+
 @cache
-def n_splits(programs: int, seqlen_k: int, block_n: int, slots: int) -> int:
-    """Into how many parts the keys are split: as many as make the fewest rounds of full multiprocessors, with at least
-    two tiles of keys each. Every split costs a little."""
-    most = max(1, min(max(8, slots // max(programs, 1)), seqlen_k // (2 * block_n), MAX_SPLITS))
-    return min(range(1, most + 1), key=lambda n: _cdiv(programs * n, slots) / n * (1 + 0.01 * n))
+def n_splits(programs: int, seqlen_k: int, block_n: int, cores: int) -> int:
+    """Into how many parts the keys are split: as many as there are multiprocessors for, a program each, with a tile of
+    keys at least. Beyond that the parts only cost."""
+    return max(1, min(cores // max(programs, 1), seqlen_k // block_n, MAX_SPLITS))
 
 
 class Workspace(NamedTuple):
-    """Room for the splits' results, and the counters of finished splits, which every launch leaves at zero."""
+    """Room for the splits' results, and the counters of finished splits, which every launch leaves at zero; None where
+    a second launch combines them."""
 
     parts: Tensor
-    counters: Tensor
+    counters: Tensor | None
 
 
 _workspaces: dict[tuple[int | None, int], Workspace] = {}
 
 
-def _workspace(device: torch.device, n_floats: int, n_counters: int) -> Workspace:
-    """The workspace of a device and stream: launches in one stream follow one another, so they can share it.
+def stream_workspace(device: torch.device, n_floats: int, n_counters: int) -> Workspace:
+    """The workspace of a device and its current stream: launches in one stream follow one another and can share it.
 
-    A CUDA graph gets one of its own, whose counters it clears: its replays may run on any stream.
+    Not inside CUDA graphs, whose replays may run on any stream, nor where their memory is in use (while torch warms
+    compiled code up for them).
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return _new_workspace(device, n_floats, n_counters)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    key = (device.index, raw_stream(device.index) if device.type == "cuda" else 0)
     found = _workspaces.get(key)
-    if found is None or found.parts.numel() < n_floats or found.counters.numel() < n_counters:
+    if found is None or found.parts.numel() < n_floats or _n_counters(found) < n_counters:
         if len(_workspaces) > 64:  # streams come and go
             _workspaces.clear()
-        found = _workspaces[key] = _new_workspace(device, max(n_floats, 2**20), max(n_counters, 4096))
+        parts = torch.empty(max(n_floats, 2**20), dtype=torch.float32, device=device)
+        counters = torch.zeros(max(n_counters, 4096), dtype=torch.int32, device=device)
+        found = _workspaces[key] = Workspace(parts, counters)
     return found
 
 
-def _new_workspace(device: torch.device, n_floats: int, n_counters: int) -> Workspace:
-    return Workspace(
-        torch.empty(n_floats, dtype=torch.float32, device=device),
-        torch.zeros(n_counters, dtype=torch.int32, device=device),
-    )
+def _n_counters(space: Workspace) -> int:
+    return 0 if space.counters is None else space.counters.numel()
 
 
 def forward(inputs: AttentionInputs, block_table: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -149,33 +148,39 @@ def forward(inputs: AttentionInputs, block_table: Tensor | None = None) -> tuple
     page_size = 0 if block_table is None else key.shape[1]
     seqlen_k = key.shape[1] if block_table is None else block_table.shape[1] * page_size
     nheads_k = key.shape[2]
-    recipe = _recipe(call.structure, nheads // nheads_k * seqlen_q, page_size)
+    recipe = find_recipe(call.structure, nheads // nheads_k * seqlen_q, batch * nheads_k, page_size)
     programs = batch * nheads_k * recipe.row_tiles
-    splits = n_splits(programs, seqlen_k, recipe.plan.tile.block_n, recipe.slots)
+    splits = n_splits(programs, seqlen_k, recipe.plan.tile.block_n, recipe.cores)
     space = None
     if splits > 1:
-        space = _workspace(device, programs * splits * recipe.floats, programs)
+        # Nothing that outlives the call: it may be part of a CUDA graph, or of compiled code that is to become one.
+        space = Workspace(torch.empty(programs * splits * recipe.floats, dtype=torch.float32, device=device), None)
     decode_launch(call, recipe, out, lse, seqlen_k, splits, space, block_table).run()
+    if space is not None:
+        combine_launch(call.structure, recipe, out, lse, nheads_k, splits, space).run()
     return out, lse
 
 
 class Recipe(NamedTuple):
-    """What all calls of one structure and number of (query head, row) pairs per key head share.
+    """What all calls of one structure and number of rows share, whatever their number of keys.
 
     ``floats`` is what one split of one tile of rows needs of the workspace.
     """
 
     plan: Plan
     row_tiles: int
-    slots: int
+    cores: int
     floats: int
 
 
 @cache
-def _recipe(s: Structure, pairs: int, page_size: int) -> Recipe:
+def find_recipe(s: Structure, pairs: int, key_heads: int, page_size: int) -> Recipe:
+    """The recipe for ``pairs`` (query head, row) pairs per key head, and ``key_heads`` of those over the batch."""
     block_m = _row_block(pairs)
     floats = block_m * (tiles.padded(s.v_head_dim) + 1)
-    return Recipe(_decode_plan(s, block_m, page_size), _cdiv(pairs, block_m), _slots(s), floats)
+    row_tiles = _cdiv(pairs, block_m)
+    tile = _tile(s, block_m, key_heads * row_tiles)
+    return Recipe(_decode_plan(s, tile, page_size), row_tiles, s.device.n_cores, floats)
 
 
 def decode_launch(
@@ -232,81 +237,45 @@ def _launch(
         work: tuple[Tensor | None, ...] = (None, None, None)
     else:
         # The log-sum-exps lie behind the outputs, at a multiple of 16 floats: both pointers are aligned.
-        outputs = programs * splits * (recipe.floats - recipe.plan.tile.block_m)
-        work = (space.parts, space.parts[outputs:], space.counters)
+        work = (space.parts, space.parts[_n_outputs(recipe, programs, splits) :], space.counters)
     arguments = (*tensors, *work, *strides, *sizes, *numbers)
-    key = (tensors[0].device.index, *strides, *dtypes, tensors[4] is None, space is None)  # type: ignore[union-attr]
+    kind = (tensors[4] is None, work[0] is None, work[2] is None)
+    key = (tensors[0].device.index, *strides, *dtypes, *kind)  # type: ignore[union-attr]
     return Launch(recipe.plan, programs * splits, arguments, len(tensors) + 3, key)
 
 
-class Step:
-    """Later calls like one that was served already: the same but for their data and number of keys.
+def _n_outputs(recipe: Recipe, programs: int, splits: int) -> int:
+    """Floats of all splits' outputs in the workspace."""
+    return programs * splits * (recipe.floats - recipe.plan.tile.block_m)
 
-    What :func:`forward` finds out anew on each call is known here; in eager decoding the time of the host decides.
-    Made for calls of one row, whose mask is flags and row intervals, without any other feature but softcap.
-    """
 
-    def __init__(self, inputs: AttentionInputs) -> None:
-        call = prepare(inputs)
-        batch, _, nheads, head_dim = inputs.query.shape
-        nheads_k, self.v_head_dim = inputs.value.shape[2:]
-        self.recipe = _recipe(call.structure, nheads // nheads_k, 0)
-        self.query_shape = (batch, nheads, 1, head_dim)
-        self.key_shape = (batch, nheads_k)
-        self.device, self.dtype = inputs.query.device, inputs.query.dtype
-        self.programs = batch * nheads_k * self.recipe.row_tiles
-        mask = inputs.mask
-        self.masked = tuple(part is not None for part in (mask.row_intervals, mask.key_mask, mask.key_holes))
-        self.sizes = (nheads_k, nheads // nheads_k, 1)
-        # Not the call's own numbers: those are cut to its number of keys.
-        self.left = mask.window[0]
-        self.right = -1 if mask.causal else mask.window[1]
-        self.numbers = (float(inputs.softmax_scale), float(inputs.softcap))
+@cache
+def _combine_plan(s: Structure, block_m: int) -> Plan:
+    block_dv = tiles.padded(s.v_head_dim)
+    tile = tiles.Tile(block_m, max(4, min(32, 8192 // block_dv)), 2 if block_dv <= 64 else 4, 1)
+    options = {
+        "V_HEAD_DIM": s.v_head_dim,
+        "BLOCK_M": block_m,
+        "BLOCK_DV": block_dv,
+        "BLOCK_SPLITS": tile.block_n,
+        "EARLY": _starts_early(s),
+        "num_warps": tile.num_warps,
+        "enable_fp_fusion": True,
+    }
+    if _starts_early(s):
+        options["launch_pdl"] = True
+    return Plan(attention_decode_combine, tile, options, _reusable(s, attention_decode_combine))
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor | None:
-        """``out (batch, 1, nheads, v_head_dim)``; None where these tensors need the ordinary way."""
-        batch, nheads, _, head_dim = self.query_shape
-        seqlen_k = key.shape[2]
-        q_strides, k_strides, v_strides = query.stride(), key.stride(), value.stride()
-        intervals, key_mask, holes = mask.row_intervals, mask.key_mask, mask.key_holes
-        if (
-            query.shape != self.query_shape
-            or key.shape != (*self.key_shape, seqlen_k, head_dim)
-            or value.shape != (*self.key_shape, seqlen_k, self.v_head_dim)
-            or not q_strides[3] == k_strides[3] == v_strides[3] == 1
-            or max(k_strides[2], v_strides[2]) >= MAX_ROW_STRIDE
-            or seqlen_k == 0
-            or (intervals is not None, key_mask is not None, holes is not None) != self.masked
-        ):
-            return None
-        mask_strides: tuple[int | None, ...] = _NO_STRIDES[:6]
-        if intervals is not None:
-            if intervals.shape[1:] != (1, 2) or intervals.shape[0] not in (1, batch) or intervals.device != self.device:
-                return None
-            mask_strides = (*_strides(intervals), None, None, None)
-            if key_mask is not None:
-                if key_mask.shape != (batch, seqlen_k) or holes is None or holes.shape != (batch,):
-                    return None
-                mask_strides = (*mask_strides[:3], *_strides(key_mask), *_strides(holes))
-        left, right = min(self.left, seqlen_k + 1), min(self.right, seqlen_k + 1)
-        recipe, programs, device = self.recipe, self.programs, self.device
-        out = torch.empty((batch, 1, nheads, self.v_head_dim), dtype=self.dtype, device=device)
-        splits = n_splits(programs, seqlen_k, recipe.plan.tile.block_n, recipe.slots)
-        _launch(
-            recipe,
-            programs,
-            splits,
-            (query, key, value, out, None, intervals, key_mask, holes, None, None, None, None, None),
-            (
-                q_strides[0], q_strides[2], q_strides[1],
-                k_strides[0], k_strides[2], k_strides[1],
-                v_strides[0], v_strides[2], v_strides[1],
-                *mask_strides,
-                *_NO_STRIDES[:12],
-            ),
-            (*self.sizes, seqlen_k, splits, recipe.row_tiles, left, right),
-            self.numbers,
-            (None,),
-            _workspace(device, programs * splits * recipe.floats, programs) if splits > 1 else None,
-        ).run()  # fmt: skip
-        return out
+
+def combine_launch(
+    s: Structure, recipe: Recipe, out: Tensor, lse: Tensor | None, nheads_k: int, splits: int, space: Workspace
+) -> Launch:
+    """The launch that combines the splits, after one of :func:`decode_launch` without counters; a program per row."""
+    batch, seqlen_q, nheads, _ = out.shape
+    parts = space.parts
+    part_lse = parts[_n_outputs(recipe, batch * nheads_k * recipe.row_tiles, splits) :]
+    sizes = (nheads_k, nheads // nheads_k, seqlen_q, splits, recipe.row_tiles)
+    plan = _combine_plan(s, recipe.plan.tile.block_m)
+    return Launch(
+        plan, batch * seqlen_q * nheads, (parts, part_lse, out, lse, *sizes), 4, (out.device.index, lse is None)
+    )

@@ -40,15 +40,25 @@ class AttentionGradients(NamedTuple):
     dsinks: Tensor | None = None
 
 
+class DecodingTicket(Protocol):
+    """Computes calls that differ from the one it was made from in nothing but their data (shapes, strides, dtypes and
+    devices are the same, and so is the mask); returns None where it cannot after all."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None: ...
+
+
 class DecodingStep(Protocol):
     """Computes calls that differ from the one it was prepared for in their data and number of keys only.
 
     Takes ``query (batch, nheads, 1, head_dim)``, ``key`` and ``value (batch, nheads_k, seqlen_k, head_dim)`` as
-    Transformers has them, and a mask with the same flags and parts; returns ``out (batch, 1, nheads, v_head_dim)``, or
-    None where it cannot take these tensors and the ordinary way must.
+    Transformers has them, and a mask with the same flags and parts; returns ``out (batch, 1, nheads, v_head_dim)`` with
+    a ticket (or None) for further calls with this number of keys; or None where it cannot take these tensors and the
+    ordinary way must.
     """
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor | None: ...
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
+    ) -> tuple[Tensor, DecodingTicket | None] | None: ...
 
 
 class Provider(ABC):

@@ -131,14 +131,14 @@ class TritonProvider(Provider):
             return AttentionOutput(*decode_launch.forward(pages, block_table))
 
     def prepare_decoding(self, inputs: AttentionInputs) -> DecodingStep | None:
-        from ..kernels import decode_launch
+        from ..kernels import decode_launch, decode_step
 
         device = inputs.query.device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             return None  # launches go to the current device
         if _plain(inputs) is not inputs or not decode_launch.serves(inputs) or not inputs.seqlen_k:
             return None
-        return decode_launch.Step(inputs)
+        return decode_step.Step(inputs)
 
     def backward(
         self,

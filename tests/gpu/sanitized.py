@@ -114,6 +114,21 @@ def decode() -> Group:
     yield "cache", attend([k, v])
     yield "cache, lengths, window", attend([k, v], cache_seqlens=lengths, causal=True, window_size=(500, 0))
     yield "pages", attend(pages, cache_seqlens=lengths, block_table=table, causal=True)
+    large = [t.reshape(16, 256, 2, 64) for t in (k, v)]
+    few = torch.randperm(16, dtype=torch.int32).reshape(2, 8).cuda()
+    yield "large pages", attend(large, cache_seqlens=lengths, block_table=few, causal=True)
+    yield "layers", lambda: [_layer(q, k, v) for _ in range(3)]
+
+
+def _layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """As a layer of a model: the first call is understood, the second combines its splits in the same launch, the third
+    has a ticket."""
+    from hf_flash_plus.integration.attention import flash_plus_attention
+    from hf_flash_plus.integration.mask_interface import flash_plus_mask
+
+    mask = flash_plus_mask(q.shape[0], 1, k.shape[1], k.shape[1] - 1, device=k.device)
+    with torch.no_grad():
+        return flash_plus_attention(torch.nn.Module(), *(t.transpose(1, 2) for t in (q, k, v)), mask)[0]
 
 
 def handshake() -> Group:

@@ -84,3 +84,32 @@ def test_block_tables_are_asked_for_by_version() -> None:
     assert initialization.is_flash_attention_requested(config, version=[2, 3])
     config._attn_implementation = "sdpa"
     assert not initialization.is_flash_attention_requested(config, version=[2, 3])
+
+
+def test_the_mask_of_a_step_is_made_once() -> None:
+    """All layers share it; lengths that change in place make a new one, and so does another window."""
+    cu_q, cu_k = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([0, 4, 9], dtype=torch.int32)
+    first = continuous._mask(cu_q, cu_k, 5, 9, True, None)
+    assert continuous._mask(cu_q, cu_k, 5, 9, True, None) is first
+    windowed = continuous._mask(cu_q, cu_k, 5, 9, True, 2)
+    assert windowed.row_intervals.tolist() == [[[1, 3], [2, 4], [5, 7], [6, 8], [7, 9]]]
+    assert continuous._mask(cu_q, cu_k, 5, 9, True, None) is first
+    assert continuous._mask(cu_q, cu_k.clone(), 5, 9, True, None) is not first
+    cu_k[1] = 3
+    changed = continuous._mask(cu_q, cu_k, 5, 9, True, None)
+    assert changed.row_intervals.tolist() == [[[0, 2], [0, 3], [3, 7], [3, 8], [3, 9]]]
+    with torch.inference_mode():
+        cu_q, cu_k = cu_q.clone(), cu_k.clone()
+        first = continuous._mask(cu_q, cu_k, 5, 9, True, None)
+        assert continuous._mask(cu_q, cu_k, 5, 9, True, None) is not first, "nobody counts changes there"
+
+
+def test_a_mask_made_before_a_capture_is_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph must make the mask anew at each replay; its other layers share what its first one makes."""
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+    before = continuous._mask(cu, cu, 5, 5, True, None)
+    monkeypatch.setattr("hf_flash_plus.integration.carrier.capturing", lambda _tensor: True)
+    inside = continuous._mask(cu, cu, 5, 5, True, None)
+    assert inside is not before and continuous._mask(cu, cu, 5, 5, True, None) is inside
+    continuous._forget_masks(cu)  # as the first layer does
+    assert continuous._mask(cu, cu, 5, 5, True, None) is not inside

@@ -45,6 +45,7 @@ MASKS = [
     Case(1, 24, 4, 2, 16, mask="packed", documents=3),
     Case(2, 24, 4, 2, 16, seqlen_q=1),
     Case(2, 24, 4, 2, 16, seqlen_q=7),
+    Case(3, 24, 4, 2, 16, seqlen_q=1, mask="padded"),
 ]
 
 
@@ -93,6 +94,8 @@ def test_forward_covers_the_acceptance_grid() -> None:
         ({"cases": [{"batch": 1, "seqlen": 8, "heads": 4, "kv_heads": 3, "head_dim": 16}]}, "multiple"),
         ({"cases": [{"batch": 2, "seqlen": 8, "heads": 4, "head_dim": 16, "mask": "packed"}]}, "packed needs"),
         ({"cases": [{"batch": 2, "seqlen": 8, "heads": 4, "head_dim": 16, "mask": "round"}]}, "mask must be"),
+        ({"cases": [{"batch": 1, "seqlen": 8, "heads": 4, "head_dim": 16, "page_size": 4}]}, "page_size goes"),
+        ({"cases": [{"batch": 1, "seqlen": 8, "seqlen_q": 2, "heads": 4, "head_dim": 16, "mask": "padded"}]}, "1 with"),
         ({"limits": {"sdpa": {"length": [3]}}}, "limits of sdpa"),
         ({"kind": "e2e"}, "needs model and works"),
     ],
@@ -139,7 +142,7 @@ def test_operations_count_what_is_visible(case: Case) -> None:
     count = (end - start).clamp(min=0).sum().item()
     exact = case.pairs() + (sum(case.lengths) / 2 if case.mask in ("causal", "padded", "packed") else 0)
     if case.rows != case.seqlen:
-        exact = count if case.decoding else case.pairs() + case.batch * case.rows / 2
+        exact = case.pairs() + (0 if case.decoding else case.batch * case.rows / 2)
     assert count == exact
 
 
@@ -171,6 +174,29 @@ def test_peers_are_right(case: Case, peer: str) -> None:
     grads = torch.autograd.grad(out, prepared.inputs, prepared.dout)
     for name, tensor in zip(("out", "dq", "dk", "dv"), (out, *grads)):
         assert reference.error(name, prepared.dense(tensor)) < 1e-5
+
+
+@pytest.mark.parametrize("mask", ["causal", "padded"])
+@pytest.mark.parametrize("peer", ["layer", "layer_sdpa"])
+def test_layers_are_right(peer: str, mask: str) -> None:
+    """Decoding as a layer of a model asks for it."""
+    problem = Problem(Case(3, 24, 4, 2, 16, seqlen_q=1, mask=mask), "fp32", CPU)
+    prepared = get_peer(peer).build(problem, False)
+    with torch.no_grad():
+        assert Reference(problem, False).error("out", prepared.dense(prepared.forward())) < 1e-5
+    with pytest.raises(Declined, match="decoding"):
+        get_peer(peer).build(Problem(MASKS[1], "fp32", CPU), False)
+
+
+def test_pages_are_right() -> None:
+    problem = Problem(Case(2, 24, 4, 2, 16, seqlen_q=1, page_size=8), "fp32", CPU)
+    k_pages, _, table = problem.pages
+    assert torch.equal(k_pages[table.long()].flatten(1, 2), problem.k) and table.tolist() != [[0, 1, 2], [3, 4, 5]]
+    prepared = get_peer("flash_plus").build(problem, False)
+    assert Reference(problem, False).error("out", prepared.dense(prepared.forward())) < 1e-5
+    with pytest.raises(Declined, match="pages"):
+        get_peer("sdpa").build(problem, False)
+    assert problem.case.kv_bytes(2) == 2 * 2 * 24 * 2 * 16 * 2
 
 
 def test_reference_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,6 +388,7 @@ E2E: dict[str, Any] = {
         {"kind": "train", "layout": "padded", "batch": 2, "seqlen": 16},
         {"kind": "train", "layout": "packed", "batch": 1, "seqlen": 16, "documents": 2},
         {"kind": "generate", "layout": "padded", "batch": 2, "seqlen": 8, "new_tokens": 2},
+        {"kind": "continuous", "batch": 3, "seqlen": 8, "new_tokens": 3, "peers": ["sdpa", "ours"]},
     ],
 }
 
@@ -370,12 +397,13 @@ def test_e2e_run(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     found = run(configuration.parse(E2E), CPU, tmp_path, ignore)
     rows = {(row["peer"], row["case_name"]): row for row in found["rows"]}
-    assert len(rows) == 12
+    assert len(rows) == 14 and ("nonsense", "continuous 3x8+3") not in rows
     for (peer, _), row in rows.items():
         assert row["status"] == ("error" if peer == "nonsense" else "ok"), row
     padded = rows["ours", "train padded 2x16"]
     assert padded["tokens"] == 4 + 16 and padded["unit"] == "tokens/s" and padded["ratio"] > 0
     assert rows["ours", "generate padded 2x8+2"]["tokens"] == 4
+    assert rows["ours", "continuous 3x8+3"]["tokens"] == 9
     assert json.loads((tmp_path / "tiny.json").read_text())["rows"] == found["rows"]
 
 
@@ -397,7 +425,12 @@ def test_e2e_run_of_an_encoder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "work",
-    [{"kind": "sleep", "batch": 1, "seqlen": 8}, {"kind": "train", "batch": 1}, {"kind": "train", "size": 3}],
+    [
+        {"kind": "sleep", "batch": 1, "seqlen": 8},
+        {"kind": "train", "batch": 1},
+        {"kind": "train", "size": 3},
+        {"kind": "continuous", "batch": 1, "seqlen": 8, "layout": "padded"},
+    ],
     ids=str,
 )
 def test_e2e_works_are_checked(work: dict[str, Any], tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def many_splits(monkeypatch) -> None:
     """Splits even for small calls: one for each tile of keys."""
-    monkeypatch.setattr(decode_launch, "n_splits", lambda programs, keys, block_n, slots: max(1, -(-keys // block_n)))
+    monkeypatch.setattr(decode_launch, "n_splits", lambda programs, keys, block_n, cores: max(1, -(-keys // block_n)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -66,16 +66,16 @@ def test_decoding(case: Case, monkeypatch) -> None:
 
 
 def test_split_counts() -> None:
-    assert SPLITS(10_000, 4096, 64, 264) == 1, "the device is full already"
-    assert SPLITS(128, 4096, 64, 264) == 2, "one full round, not one and a half"
-    assert SPLITS(200, 4096, 64, 264) > 1, "a quarter of the device would be idle"
-    assert SPLITS(8, 2048, 64, 264) == 16, "two tiles of keys at least"
-    assert SPLITS(8, 10**6, 64, 264) == 33
+    assert SPLITS(10_000, 4096, 64, 132) == 1, "the device is full already"
+    assert SPLITS(100, 4096, 64, 132) == 1, "no second round for a quarter of the device"
+    assert SPLITS(32, 4096, 64, 132) == 4, "one program for each multiprocessor"
+    assert SPLITS(8, 512, 64, 132) == 8, "a tile of keys at least"
+    assert SPLITS(8, 10**6, 64, 132) == 16
     assert SPLITS(1, 10**6, 64, 264) == 128
-    assert SPLITS(1, 0, 64, 264) == 1
+    assert SPLITS(1, 0, 64, 132) == 1
 
 
-@pytest.mark.parametrize("page_size", (16, 48))
+@pytest.mark.parametrize("page_size", (16, 48, 64))  # the interpreter's tiles are 32 keys: in one page of 64
 @pytest.mark.parametrize("seqlen_q", (1, 4))
 def test_pages(page_size: int, seqlen_q: int, monkeypatch) -> None:
     """``flash_attn_with_kvcache`` reads pages in place; slots behind the lengths hold NaN."""

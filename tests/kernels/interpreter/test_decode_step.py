@@ -21,22 +21,32 @@ class Layer(torch.nn.Module):
 
 
 @pytest.mark.parametrize("row_start", [0, 9])
+@pytest.mark.parametrize("row_end", [0, 2])
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("offset,length,seqlen_k", [(0, 5, 5), (0, 40, 40), (3, 43, 40), (0, 2100, 2100), (2, 30, 37)])
-def test_padding_kernel(offset: int, length: int, seqlen_k: int, row_start: int) -> None:
-    """The carrier and its holes as torch's operations make them."""
+def test_padding_kernel(offset: int, length: int, seqlen_k: int, row_start: int, row_end: int, on_device: bool) -> None:
+    """The carrier and its holes as torch's operations make them; the last ``row_end`` keys come after the row."""
     torch.manual_seed(0)
     keep = torch.rand(5, length + 2)[:, 2:] > 0.4  # rows further apart than they are long
     keep[1] = True
     keep[2] = False
     keep[3, : length // 2], keep[3, length // 2 :] = False, True
-    made = padding(keep, seqlen_k, offset, row_start)
+    row = offset + seqlen_k - 1 - row_end
+    window = seqlen_k - row_end - row_start
+    made = padding(keep, seqlen_k, offset, torch.tensor([row]) if on_device else row, window)
     here = torch.nn.functional.pad(keep, (0, seqlen_k))[:, offset : offset + seqlen_k]
-    visible = here & (torch.arange(seqlen_k) >= row_start)
-    start, end, holes = key_mask_intervals(visible)
+    index = torch.arange(seqlen_k)
+    start, end, holes = key_mask_intervals(here & (index >= row_start) & (index < seqlen_k - row_end))
     spans = torch.stack((start, end), dim=-1)[:, None, :]
     expected = carrier.encode(spans, here, holes, carrier.Carried(AttentionMask()))
     assert torch.equal(made.carrier, expected)
-    assert torch.equal(made.holes, holes)
+    assert made.holes is not None and torch.equal(made.holes, holes) and torch.equal(made.intervals, spans)
+
+
+@pytest.mark.parametrize("row,window,span", [(7, 2**30, [0, 8]), (7, 3, [5, 8]), (30, 4, [27, 20])])
+def test_padding_kernel_without_padding(row: int, window: int, span: list[int]) -> None:
+    made = padding(None, 20, 0, torch.tensor(row, dtype=torch.int32), window)
+    assert made.holes is None and made.carrier.tolist() == [[[span]]]
 
 
 @pytest.fixture
@@ -68,8 +78,8 @@ def _padding(seqlen_k: int, kind: str = "intervals") -> torch.Tensor:
     keep[1, :3] = False
     if kind == "holes":
         keep[1, 7:9] = keep[1, -4] = False
-    made = padding(keep, seqlen_k, 0, 0)
-    mask = AttentionMask(row_intervals=made.carrier[:, 0, :, :2], key_mask=keep, key_holes=made.holes)
+    made = padding(keep, seqlen_k, 0, seqlen_k - 1)
+    mask = AttentionMask(row_intervals=made.intervals, key_mask=keep, key_holes=made.holes)
     return carrier.attach(made.carrier, carrier.Carried(mask))
 
 

@@ -53,6 +53,17 @@ class Spy(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture(params=["directly", "through the dispatcher"])
+def either_way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Calls that nobody watches skip the dispatcher. Both ways must do the same."""
+    if request.param == "directly":
+        yield
+        return
+    with Spy() as spy:
+        yield
+    assert spy.names
+
+
 # --- which operator runs --------------------------------------------------------------------------------------------
 
 
@@ -74,6 +85,22 @@ def test_without_gradients_the_forward_op_runs(toy: ToyProvider, mode: str) -> N
     assert spy.names == ["attention_forward"]
     assert not out.requires_grad
     assert_close(out, oracle.attention(*tensors, causal=True).out, torch.float64)
+
+
+def test_who_watches(toy: ToyProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unwatched calls reach no operator; a functorch transform counts as somebody who watches."""
+    used: list[str] = []
+    for name in ("attention", "attention_forward", "attention_backward"):
+        monkeypatch.setattr(torch.ops.hf_flash_plus, name, lambda *_, name=name: used.append(name))
+    tensors = make()
+    out = hfp.flash_attn_func(*tensors)
+    torch.autograd.grad(out.sum(), tensors)
+    with torch.no_grad():
+        hfp.flash_attn_func(*tensors)
+    assert toy.calls == ["forward", "backward", "forward"] and used == []
+    watched: list[bool] = []
+    torch.func.vmap(lambda q: watched.append(not ops._nobody_watches(q)) or q)(tensors[0])
+    assert watched == [True] and ops._nobody_watches(tensors[0])
 
 
 @pytest.mark.parametrize("provider", ["reference", "torch_sdpa"])
@@ -112,6 +139,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("case", CASES)
 def test_the_op_receives_the_whole_call(toy: ToyProvider, case: str) -> None:
     kwargs, wanted = CASES[case]
@@ -133,6 +161,7 @@ def test_the_op_receives_the_whole_call(toy: ToyProvider, case: str) -> None:
         assert seen.softcap == kwargs.get("softcap", 0.0)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("shape", [(2, 4, 4, 6), (1, 1, 4, 6), (2, 4, 1, 6)], ids=str)
 def test_gradient_of_the_bias_through_the_op(toy: ToyProvider, shape: tuple[int, ...]) -> None:
     bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -144,6 +173,7 @@ def test_gradient_of_the_bias_through_the_op(toy: ToyProvider, shape: tuple[int,
     assert torch.autograd.gradcheck(function, [*make((2, 4, 6, 4, 2, 2, 2)), bias])
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("shape", [(4,), (2, 4, 4)], ids=str)
 def test_gradient_of_the_sinks_through_the_op(toy: ToyProvider, shape: tuple[int, ...]) -> None:
     # The provider returns dsinks in fp32, as documented; the op gives it the dtype of the sinks.
@@ -157,6 +187,7 @@ def test_gradient_of_the_sinks_through_the_op(toy: ToyProvider, shape: tuple[int
         torch.testing.assert_close(gradient, want, atol=limit, rtol=limit)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_packed_sequences_reach_forward_and_backward(toy: ToyProvider) -> None:
     q, k, v = (t[0] for t in make())
     cu_q, cu_k = torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([0, 4, 6], dtype=torch.int32)
@@ -171,6 +202,7 @@ def test_packed_sequences_reach_forward_and_backward(toy: ToyProvider) -> None:
         assert (packed.max_seqlen_q, packed.max_seqlen_k) == (3, 4)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_only_the_gradients_that_are_wanted(toy: ToyProvider) -> None:
     q, k, v = make(grad=False)
     bias, sinks = torch.zeros(1, 1, 4, 6, dtype=torch.float64), torch.zeros(4, dtype=torch.float64, requires_grad=True)
@@ -180,6 +212,7 @@ def test_only_the_gradients_that_are_wanted(toy: ToyProvider) -> None:
     assert q.grad is None and bias.grad is None
 
 
+@pytest.mark.usefixtures("either_way")
 def test_the_log_sum_exp_through_the_op(toy: ToyProvider) -> None:
     tensors = make(dtype=torch.float32)
     out, lse, s_dmask = hfp.flash_attn_func(*tensors, causal=True, return_attn_probs=True)
@@ -192,6 +225,7 @@ def test_the_log_sum_exp_through_the_op(toy: ToyProvider) -> None:
         lse.sum().backward()
 
 
+@pytest.mark.usefixtures("either_way")
 def test_backward_provider_is_who_does_the_backward() -> None:
     class ForwardOnly(ToyProvider):
         name = "forward_only"
@@ -209,6 +243,7 @@ def test_backward_provider_is_who_does_the_backward() -> None:
         assert_close(gradient, want, torch.float64)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_double_backward_is_refused_with_advice(toy: ToyProvider) -> None:
     q, k, v = make()
     out = hfp.flash_attn_func(q, k, v)

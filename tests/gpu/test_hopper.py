@@ -93,6 +93,11 @@ CASES += [
     for seqlen in (2048, 2060)
     for dim, v_dim in ((64, 64), (128, 128), (192, 128), (256, 256))
 ]
+CASES += [  # several tiles to a program, of one block and of more, some of which see nothing
+    Case(features, 6, 700, 700, 16, 4, dim, dim, BF16)
+    for features in ((), ("causal",), ("left_window",), ("packed",), ("left_padding",), ("intervals",), ("nothing",))
+    for dim in (64, 128)
+]
 CASES = list(dict.fromkeys(CASES))
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 from hf_flash_plus.inputs import AttentionInputs
-from hf_flash_plus.kernels.hopper import forward_launch
+from hf_flash_plus.kernels.hopper import config, forward_launch
 from hf_flash_plus.masks import AttentionMask
 
 from .compiling import _BIN, TARGETS, call, compiling_for
@@ -131,6 +131,28 @@ def test_arguments_of_a_direct_launch() -> None:
         for parameter, value in zip(attention_forward.params, launch.arguments):
             if isinstance(value, int | torch.Tensor):
                 assert parameter.do_not_specialize, parameter.name
+
+
+def test_configurations_are_sound() -> None:
+    """What the kernel takes for granted of its configurations."""
+    dims = ((64, 64), (128, 128), (192, 128), (256, 256))
+    for dim, mode, short in itertools.product(dims, range(5), (False, True)):
+        chosen = config.select(dim, mode, short, False, False)
+        # The slowest warp may be this many tiles behind the one that writes cards.
+        assert chosen.q_buffers + chosen.k_stages < config.RING
+        # The ring of slots must not be lapped while V's warp waits at it.
+        assert chosen.v_stages <= chosen.k_stages or chosen.free_k_first
+        assert 10 + 2 * chosen.consumers <= config.CARD
+        assert not (chosen.turns and chosen.consumers != 2)
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "mib", "section"),
+    [(512, 0.25, 64), (512, 0.125, 128), (64, 1.5, 8), (64, 2, 8), (16, 8, 2), (7, 3, 4), (3, 1, 3), (5, 100, 1)],
+)
+def test_sections(n_heads: int, mib: float, section: int) -> None:
+    """Sections of 16 MiB of keys and values, about, of which the last is not much smaller than the others."""
+    assert forward_launch._section(n_heads, int(mib * 2**20)) == section
 
 
 def test_lengths_and_strides_do_not_recompile() -> None:

@@ -87,9 +87,8 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
             "early_free": False, "free_k_first": False, "out_step": 1, "turns": False,
             "consumer_registers": 160, "other_registers": 32,
         }  # fmt: skip
-        if mode == WINDOW or (mode == CAUSAL and short):
-            # Windows: three would spill in the blocks that need masking. Short: tiles of 192 rows do not fit lengths,
-            # and see more hidden keys (one H100, B32 S512: 250 against 211).
+        if mode == CAUSAL and short:
+            # Tiles of 192 rows do not fit lengths, and see more hidden keys (one H100, B32 S512: 250 against 211).
             shape |= {"consumers": 2, "q_buffers": 3, "consumer_registers": 232, "other_registers": 40}
     elif dims == (128, 128):
         shape = two | {

@@ -56,6 +56,7 @@ from .schedule import (
     Problem,
     block_key,
     hide,
+    hide_outside,
     leading_hidden,
     n_row_tiles,
     needs_hiding,
@@ -63,6 +64,7 @@ from .schedule import (
     read,
     row_bounds,
     take_card,
+    window_bounds,
     write,
 )
 
@@ -398,12 +400,26 @@ def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C:
 
 @gluon.jit
 def _bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
-    """The bounds of W's rows, where a tensor says them. Loaded while S is computed, for each block that needs masking:
-    carried along they cost registers in the blocks that do not."""
+    """The bounds of W's rows, for WINDOW and INTERVALS. Found while S is computed, for each block that may need
+    masking: carried along they cost registers in the blocks that do not."""
     if C.mode == INTERVALS:
         return row_bounds(tile, p, W, LAYOUT, C)
+    elif C.mode == WINDOW:
+        return window_bounds(tile, p, W, LAYOUT, C)
     else:
         return 0, 0
+
+
+@gluon.jit
+def _hidden(scores, step, tile, row_start, row_end, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """The scores of the block at ``step``, those of hidden keys -inf."""
+    first_key = block_key(step, tile, C)
+    if needs_hiding(first_key, tile, p, W, False, C):
+        if C.mode >= WINDOW:
+            scores = hide_outside(scores, first_key, row_start, row_end, LAYOUT, C)
+        else:
+            scores = hide(scores, first_key, tile, row_start, row_end, p, W, LAYOUT, C)
+    return scores
 
 
 @gluon.jit
@@ -427,9 +443,7 @@ def _slots(
         _free_k(sm, count, 0, C)
         scores = _capped(scores, p, sm.v.dtype, C)
         if HIDE:
-            first_key = block_key(step, tile, C)
-            if needs_hiding(first_key, tile, p, W, False, C):
-                scores = hide(scores, first_key, tile, row_start, row_end, p, W, S_LAYOUT, C)
+            scores = _hidden(scores, step, tile, row_start, row_end, p, W, S_LAYOUT, C)
         top, decay, weights = softmax_step(scores, top, p.factor, HIDE)
         total = total * decay + gl.sum(weights, 1)
         # A wait with a branch must stand here: ptxas otherwise hoists warpgroup_mma_wait over the exponentials.
@@ -498,9 +512,7 @@ def _consume_one_by_one(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
         _free_k(sm, count, skipped, C)
         scores = _capped(scores, p, sm.v.dtype, C)
         if C.mode != FULL:
-            first_key = block_key(skipped, tile, C)
-            if needs_hiding(first_key, tile, p, W, True, C):
-                scores = hide(scores, first_key, tile, row_start, row_end, p, W, S_LAYOUT, C)
+            scores = _hidden(scores, skipped, tile, row_start, row_end, p, W, S_LAYOUT, C)
         top, decay, weights = softmax_step(scores, top, p.factor, MAY_BE_EMPTY)
         total = _first_total(weights, total, decay, C)
         pairs = pack(weights, BLOCK_N, sm.v.dtype)
@@ -553,9 +565,7 @@ def _consume_overlapped(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
     _free_k(sm, 0, skipped, C)
     scores = _capped(scores, p, sm.v.dtype, C)
     if C.mode != FULL:
-        first_key = block_key(skipped, tile, C)
-        if needs_hiding(first_key, tile, p, W, True, C):
-            scores = hide(scores, first_key, tile, row_start, row_end, p, W, S_LAYOUT, C)
+        scores = _hidden(scores, skipped, tile, row_start, row_end, p, W, S_LAYOUT, C)
     top, decay, weights = softmax_step(scores, top, p.factor, MAY_BE_EMPTY)
     total = _first_total(weights, total, decay, C)
     pairs = pack(weights, BLOCK_N, sm.v.dtype)
@@ -592,9 +602,7 @@ def _consume_overlapped(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
             _free_k(sm, count, skipped, C)
             scores = _capped(scores, p, sm.v.dtype, C)
             if C.mode != FULL:
-                first_key = block_key(skipped, next_tile, C)
-                if needs_hiding(first_key, next_tile, p, W, True, C):
-                    scores = hide(scores, first_key, next_tile, row_start, row_end, p, W, S_LAYOUT, C)
+                scores = _hidden(scores, skipped, next_tile, row_start, row_end, p, W, S_LAYOUT, C)
             next_top, decay, weights = softmax_step(scores, next_top, p.factor, MAY_BE_EMPTY)
             next_total = _first_total(weights, next_total, decay, C)
             _wait_tile(sm, t + 1, W, C)  # long over; keeps warpgroup_mma_wait behind the exponentials

@@ -257,6 +257,22 @@ def row_bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
+def window_bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """The same for WINDOW. Computed anew for each block: registers that need not live through the loop."""
+    diagonal = tile.first_row + W * 64 + gl.arange(0, 64, LAYOUT) + p.offset
+    return opaque(diagonal - p.window_left), opaque(gl.minimum(diagonal + (p.window_right + 1), p.seqlen_k))
+
+
+@gluon.jit
+def hide_outside(scores, first_key, start, end, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """Scores of keys outside the rows' bounds to -inf; for WINDOW, with bounds computed before the scores are there,
+    at a tenth of the spills of :func:`hide`."""
+    keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
+    visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
+    return gl.where(visible, scores, float("-inf"))
+
+
+@gluon.jit
 def hide(scores, first_key, tile, start, end, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
     """Scores of hidden keys to -inf, whatever NaN the memory of those keys made of them. ``start, end`` are the rows'
     bounds, for INTERVALS."""
@@ -268,10 +284,7 @@ def hide(scores, first_key, tile, start, end, p, W: gl.constexpr, LAYOUT: gl.con
         visible = diagonal[:, None] >= keys[None, :]
     else:
         if C.mode == WINDOW:
-            # Computed anew each time: two registers that need not live through the loop.
-            diagonal = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
-            start = opaque(diagonal - p.window_left)
-            end = opaque(gl.minimum(diagonal + (p.window_right + 1), p.seqlen_k))
+            start, end = window_bounds(tile, p, W, gl.SliceLayout(1, LAYOUT), C)
         visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
     return gl.where(visible, scores, float("-inf"))
 

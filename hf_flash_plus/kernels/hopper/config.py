@@ -91,14 +91,15 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
             # Tiles of 192 rows do not fit lengths, and see more hidden keys (one H100, B32 S512: 250 against 211).
             shape |= {"consumers": 2, "q_buffers": 3, "consumer_registers": 232, "other_registers": 40}
     elif dims == (128, 128):
+        # V comes a slot earlier than with three K and two V: one H100, B32 S512 full 542 against 495, B4 S4096 causal
+        # 630 against 614.
         shape = two | {
-            "block_n": 128, "chunks": 1, "chunk_dim": 128, "q_buffers": 2, "k_stages": 3, "v_stages": 2,
+            "block_n": 128, "chunks": 1, "chunk_dim": 128, "q_buffers": 2, "k_stages": 2, "v_stages": 3,
+            "free_k_first": True,
             "turns": not described,  # 0 to 2 %; costs 1 % at head dimension 64
         }  # fmt: skip
-        if mode == CAUSAL and short:  # +3 % at B32 S512; longer ones lose up to 3 %
-            shape |= {"q_buffers": 3, "k_stages": 2, "early_free": True}
-        elif mode in (FULL, TAIL):  # +7 % at B32 S512 (one H100): V comes a slot earlier
-            shape |= {"k_stages": 2, "v_stages": 3, "free_k_first": True}
+        if mode == CAUSAL and short:  # 304 against 294 at B32 S512; longer ones lose up to 3 %
+            shape |= {"q_buffers": 3, "v_stages": 2, "free_k_first": False, "early_free": True}
     elif dims == (192, 128):
         # 192 is no power of 2: three chunks of 64. Shared memory has room for one Q.
         shape = two | {

@@ -354,7 +354,10 @@ _MOST_KNOWN = 1024
 
 
 def _likeness(inputs: AttentionInputs) -> tuple[Any, ...]:
-    """All that launches depend on, but addresses, of a call that ``forward_reason`` has nothing against."""
+    """All that launches depend on, but addresses, of a call that ``forward_reason`` has nothing against.
+
+    Strides are in it as they came, so that what a descriptor makes of odd ones in dimensions of size 1 is the same too.
+    """
     q, k, v, mask, sinks = inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks
     intervals = mask.row_intervals
     return (
@@ -396,7 +399,14 @@ def _remember(
 def recall(inputs: AttentionInputs) -> tuple[Tensor, Tensor] | None:
     """:func:`forward` of a call like one that was computed before, with a third of the work of the host.
 
-    None: there was none, or this one needs the ordinary way.
+    None: there was none, or this one needs the ordinary way. What may differ from the earlier call, and its guard:
+
+    - addresses: q, k and v must be aligned as descriptors want, which is asked here; for row intervals, sinks, out and
+      lse neither kernel is compiled for an alignment (``RUNTIME`` of both).
+    - the device, the stream, the thread (autograd has its own): all three are asked for here. A stream that has no
+      counter yet, and one that is being captured, get an ordinary launch. Two threads on one stream share its counter
+      as two launches of one thread do: one runs after the other.
+    - ``torch.inference_mode`` and gradients: outputs are made by ``new_empty``, and nothing here is differentiated.
     """
     mask = inputs.mask
     if (

@@ -1,11 +1,13 @@
 """Whether flash_plus trains as the other attention implementations do: loss curves over several seeds.
 
-    python examples/compare_curves.py                                  # one GPU, bf16, 6 trainings at a time
+    python examples/compare_curves.py                                    # one GPU, bf16, 12 trainings at a time
+    python examples/compare_curves.py --devices 0,1                      # the same over two
     python examples/compare_curves.py --models llama --seeds 0,1 --parallel 2 --steps 20 --hidden_size 64 ...
 
 Trains a LLaMA of 125 million parameters and a BERT-base (configs/train/) from scratch with every implementation, every
 seed, with and without dropout, and writes ``curves.json`` and ``curves.png``. Options that this script does not have go
-to the training scripts. What has run before is not run again, so an interrupted record can be completed.
+to the training scripts. The record is written as trainings end, and what has run before is not run again, so an
+interrupted record can be completed.
 Exit code 1: a curve of flash_plus leaves the spread of the others, or a training failed.
 """
 
@@ -95,27 +97,40 @@ def draw(path: Path, cases: dict[str, dict]) -> None:
 
 
 def make_jobs(args: argparse.Namespace, extra: list[str]) -> dict[tuple[str, str, str], Job]:
-    """One process for each model, dropout and seed; it trains with all implementations, one after the other."""
+    """One process for each model, dropout and seed; it trains with all implementations, one after the other.
+
+    Each seed begins with another implementation: all at once they would compile the same kernels many times over.
+    """
     jobs = {}
     for seed, model, dropout in itertools.product(args.seeds, args.models, args.dropouts):
         script, settings = MODELS[model]
         output = args.work / f"{model}-dropout{dropout}-seed{seed}"
-        options = ["--compare", ",".join(args.implementations), "--seed", seed, "--dropout", dropout]
+        first = args.seeds.index(seed) % len(args.implementations)
+        order = [*args.implementations[first:], *args.implementations[:first]]
+        options = ["--compare", ",".join(order), "--resume", "--seed", seed, "--dropout", dropout]
         options += ["--max_steps", str(args.steps), "--mixed_precision", args.mixed_precision]
         command = (script, settings, *options, "--output_dir", str(output), *extra)
         jobs[model, dropout, seed] = Job(output.name, command, output)
     return jobs
 
 
-def collect(jobs: dict[tuple[str, str, str], Job], results: dict[str, dict]) -> dict[str, dict]:
-    """The curves by case (a model and a dropout), those of all seeds that ran, and the verdict on each."""
+def collect(jobs: dict[tuple[str, str, str], Job], implementations: list[str]) -> dict[str, dict]:
+    """The curves by case (a model and a dropout) that have been trained so far, and the verdict on each.
+
+    Seeds that some implementation has not been trained with yet are left out; a job that was stopped has written
+    those trainings that it finished.
+    """
     cases: dict[str, dict] = {}
     for (model, dropout, seed), job in jobs.items():
-        runs = results.get(job.name, {}).get("runs", {})
-        for name, run in runs.items():
+        runs = {name: job.output / f"{name}.json" for name in implementations}
+        if not all(path.exists() for path in runs.values()):
+            continue
+        for name, path in runs.items():
+            run = json.loads(path.read_text())
             case = cases.setdefault(f"{model}, dropout {dropout}", {"parameters": run["parameters"], "curves": {}})
             case.setdefault("device", run["device"])
             case.setdefault("providers", {})[name] = run["providers"]
+            case.setdefault("seconds", {}).setdefault(name, {})[seed] = round(run["train_seconds"], 1)
             case["curves"].setdefault(name, {})[seed] = [round(loss, 5) for loss in run["losses"]]
     return {title: {"verdict": judge(case["curves"]), **case} for title, case in cases.items()}
 
@@ -133,7 +148,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dropouts", type=names, default=["0", "0.1"])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--mixed_precision", default="bf16")
-    parser.add_argument("--parallel", type=int, default=6, help="trainings at a time (about 6 GB of GPU memory each)")
+    parser.add_argument("--parallel", type=int, default=12, help="trainings at a time (about 5 GB of GPU memory each)")
+    parser.add_argument(
+        "--devices", type=names, default=[], help="GPUs to spread them over, as 0,1; default: the first"
+    )
     parser.add_argument("--budget", type=float, default=1800, help="seconds after which what still runs is stopped")
     parser.add_argument("--output_dir", type=Path, default=Path("examples/benchmark"))
     parser.add_argument("--work", type=Path, default=Path("outputs/curves"), help="folder of the single trainings")
@@ -145,11 +163,16 @@ def main(argv: list[str] | None = None) -> int:
     if OURS not in args.implementations or len(args.implementations) < 2:
         parser.error(f"--implementations needs {OURS} and another one")
     jobs = make_jobs(args, extra)
-    results = run_jobs(list(jobs.values()), args.parallel, args.budget)
-    cases = collect(jobs, results)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    record = {"environment": describe(), "command": sys.argv[1:] if argv is None else argv, "cases": cases}
-    (args.output_dir / "curves.json").write_text(json.dumps(record) + "\n")
+    record = {"environment": describe(), "command": sys.argv[1:] if argv is None else argv}
+
+    def save() -> dict[str, dict]:
+        cases = collect(jobs, args.implementations)
+        (args.output_dir / "curves.json").write_text(json.dumps({**record, "cases": cases}) + "\n")
+        return cases
+
+    results = run_jobs(list(jobs.values()), args.parallel, args.budget, args.devices, ended=save)
+    cases = save()
     if cases:
         draw(args.output_dir / "curves.png", cases)
     for title, case in cases.items():

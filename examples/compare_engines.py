@@ -66,28 +66,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--engines", default="single_gpu,ddp,fsdp2,tp", help="of configs/accelerate; first: reference")
     parser.add_argument("--settings", type=Path, default=ROOT / "configs/train/llama_125m.yaml")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch_size", type=int, default=8, help="rows a step, of all processes together")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows a step, of all processes together")
     parser.add_argument("--budget", type=float, default=600, help="seconds after which what still runs is stopped")
     parser.add_argument("--output_dir", type=Path, default=Path("examples/benchmark"))
     parser.add_argument("--work", type=Path, default=Path("outputs/engines"), help="folder of the single trainings")
     args, extra = parser.parse_known_args(argv)
     names = args.engines.split(",")
     jobs = [make_job(name, args, extra, reference=name == names[0]) for name in names]
-    results = run_jobs(jobs, parallel=1, budget=args.budget)
-    if names[0] not in results:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    record = {"environment": describe(), "command": sys.argv[1:] if argv is None else argv}
+
+    def save() -> dict | None:
+        """The record of the engines that have run, once there is something to compare them with."""
+        results = {job.name: result for job in jobs if (result := job.saved()) is not None}
+        if names[0] not in results:
+            return None
+        found = judge(results, names[0])
+        (args.output_dir / "engines.json").write_text(json.dumps({**record, **found}) + "\n")
+        return found
+
+    run_jobs(jobs, parallel=1, budget=args.budget, ended=save)
+    found = save()
+    if found is None:
         print(f"nothing to compare with: {names[0]} failed")
         return 1
-    found = judge(results, names[0])
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    record = {"environment": describe(), "command": sys.argv[1:] if argv is None else argv, **found}
-    (args.output_dir / "engines.json").write_text(json.dumps(record) + "\n")
     for name, engine in found["engines"].items():
         print(
             f"{name:12} {'same' if engine['same'] else 'OTHER'} losses (at most {engine['largest_gap']:.4f} apart, "
             f"noise {found['noise']:.4f}), {engine['tokens_per_second']:,.0f} tokens/s, "
             f"{engine['peak_memory_bytes'] / 2**20:,.0f} MiB a process"
         )
-    missing = [name for name in names if name not in results]
+    missing = [name for name in names if name not in found["engines"]]
     if missing:
         print(f"failed: {', '.join(missing)}")
     return int(bool(missing) or not all(engine["same"] for engine in found["engines"].values()))

@@ -31,6 +31,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, BertConfig, DataCollatorWithPadding
 
+import hf_flash_plus
+
 
 @dataclasses.dataclass
 class BertArguments:
@@ -42,6 +44,9 @@ class BertArguments:
     num_heads: int = dataclasses.field(default=4, metadata={"help": "attention heads"})
     dropout: float = dataclasses.field(default=0.1, metadata={"help": "of hidden states and attention weights"})
     max_length: int = dataclasses.field(default=128, metadata={"help": "tokens per row at most"})
+    skip_padding: bool = dataclasses.field(
+        default=False, metadata={"help": "flash_plus only: no layer computes padding (hf_flash_plus.skip_padding)"}
+    )
     num_labels: int = dataclasses.field(default=8, metadata={"help": "the labels with most text; 0: all"})
     snippets_per_label: int = dataclasses.field(
         default=400, metadata={"help": "training snippets drawn for each label; 0: every document once, whole"}
@@ -104,7 +109,7 @@ def evaluate(accelerator, model, loader, num_labels: int) -> tuple[float, float]
     return (right.sum() / counts.sum()).item(), f1.mean().item()
 
 
-def make_model(args: TrainArguments, sizes: BertArguments, tokenizer, labels: list[str]):
+def make_model(accelerator, args: TrainArguments, sizes: BertArguments, tokenizer, labels: list[str]):
     """The pretrained model with a new head, or a fresh BERT, with the attention implementation of the arguments."""
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if args.model_name_or_path:
@@ -124,7 +129,10 @@ def make_model(args: TrainArguments, sizes: BertArguments, tokenizer, labels: li
             pad_token_id=tokenizer.pad_token_id,
             **names,
         )
-        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=args.attn_implementation)
+        with accelerator.device:  # a GPU draws weights much faster
+            model = AutoModelForSequenceClassification.from_config(config, attn_implementation=args.attn_implementation)
+    if sizes.skip_padding and args.attn_implementation == "flash_plus":
+        hf_flash_plus.skip_padding(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return torch.compile(model, backend=args.compile_backend) if args.compile else model
@@ -144,7 +152,7 @@ def run(accelerator, arguments: tuple) -> dict:
             (eval_documents, sizes.eval_snippets_per_label if sizes.snippets_per_label else 0),
         )
     )
-    model = make_model(args, sizes, tokenizer, labels)
+    model = make_model(accelerator, args, sizes, tokenizer, labels)
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
     train_loader = DataLoader(train_rows, batch_size=args.batch_size, shuffle=True, collate_fn=collate)
     eval_loader = DataLoader(eval_rows, batch_size=args.batch_size, collate_fn=collate)

@@ -162,7 +162,8 @@ def make_model(accelerator, args: TrainArguments, sizes: LlamaArguments, tokeniz
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation)
+        with accelerator.device:  # a GPU draws weights much faster
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation)
         if parallel:  # only a saved model can be loaded in parts
             path = str(Path(args.output_dir) / "fresh")
             if accelerator.is_main_process:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,17 +183,17 @@ class Soak:
         self.samples.append(
             {
                 "step": sum(self.done.values()),
-                "host_mib": pages * os.sysconf("SC_PAGE_SIZE") / mib if pages else 0.0,
-                "device_mib": torch.cuda.memory_allocated() / mib if self.device.type == "cuda" else 0.0,
+                "host_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / mib, 1) if pages else 0.0,
+                "device_mib": round(torch.cuda.memory_allocated() / mib, 1) if self.device.type == "cuda" else 0.0,
                 "kernels": compiled_kernels(),
             }
         )
 
-    def run(self) -> dict[str, Any]:
-        """The whole soak, as the record."""
+    def run(self, save: Callable[[dict[str, Any]], None] = lambda record: None) -> dict[str, Any]:
+        """The whole soak, as the record; ``save`` gets what there is of it from time to time."""
         begin, args = time.monotonic(), self.args
         hf_flash_plus.dispatch.clear_cache()  # so that the record names the providers of this run
-        deadline, sampled = begin + 60 * args.minutes, 0.0
+        deadline, sampled, told = begin + 60 * args.minutes, 0.0, begin
         while time.monotonic() < deadline and not 0 < args.max_steps <= sum(self.done.values()):
             # In turn at first, so that the warm-up meets everything.
             step = sum(self.done.values())
@@ -202,10 +203,20 @@ class Soak:
             if time.monotonic() - sampled > max(1.0, args.minutes * 60 / 200) or args.max_steps:
                 self.sample()
                 sampled = time.monotonic()
+            if time.monotonic() - told > max(5.0, args.minutes * 60 / 20):
+                told = time.monotonic()
+                record = self.record(told - begin, finished=False)
+                print(summary(record), flush=True)
+                save(record)
         self.failures += growth(self.samples, args.warmup)
+        return self.record(time.monotonic() - begin, finished=True)
+
+    def record(self, seconds: float, finished: bool) -> dict[str, Any]:
+        """What was done and found so far; a soak that did not finish has not passed."""
         return {
-            "passed": not self.failures and self.checks > 0,
-            "seconds": round(time.monotonic() - begin, 1),
+            "passed": finished and not self.failures and self.checks > 0,
+            "finished": finished,
+            "seconds": round(seconds, 1),
             "steps": dict(self.done),
             "tokens": self.tokens,
             "checks": self.checks,
@@ -213,7 +224,7 @@ class Soak:
             "worst_error_is": "a part of what is allowed: a multiple of eager's own error in this dtype",
             "failures": self.failures,
             "providers": hf_flash_plus.providers_used(),
-            "arguments": dataclasses.asdict(args),
+            "arguments": dataclasses.asdict(self.args),
             "environment": describe(),
             "samples": self.samples,
         }
@@ -245,33 +256,49 @@ def growth(samples: list[dict[str, float]], warmup: float) -> list[str]:
     return found
 
 
+def summary(record: dict[str, Any]) -> str:
+    """A record in one line."""
+    last = record["samples"][-1]
+    state = "passed" if record["passed"] else "FAILED" if record["finished"] or record["failures"] else "running"
+    return (
+        f"{state}: {sum(record['steps'].values())} steps, {record['tokens']} tokens, "
+        f"{record['checks']} checked against eager (worst error {record['worst_error']} of what is allowed), "
+        f"{last['kernels']:.0f} kernels, host {last['host_mib']:.0f} MiB, device {last['device_mib']:.0f} MiB, "
+        f"{record['seconds']:.0f} s, by {', '.join(record['providers'])}"
+    )
+
+
+def dumps(record: dict[str, Any]) -> str:
+    """The record as JSON, a sample a line."""
+    samples = ",\n    ".join(json.dumps(sample) for sample in record["samples"])
+    head = json.dumps({**record, "samples": []}, indent=2)
+    return head.removesuffix("[]\n}") + f"[\n    {samples}\n  ]\n}}\n"
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     (args,) = HfArgumentParser((SoakArguments,)).parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     transformers_logging.set_verbosity_error()
+
+    def save(record: dict[str, Any]) -> None:
+        if args.result_file:
+            path = Path(args.result_file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(dumps(record), encoding="utf-8")
+
     # A cache of its own, so that what it holds was compiled by this run.
     before = os.environ.get("TRITON_CACHE_DIR")
     with tempfile.TemporaryDirectory(prefix="hf_flash_plus_soak_") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         try:
-            record = Soak(args).run()
+            record = Soak(args).run(save)
         finally:
             os.environ.pop("TRITON_CACHE_DIR")
             if before is not None:
                 os.environ["TRITON_CACHE_DIR"] = before
-    if args.result_file:
-        path = Path(args.result_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    save(record)
     for failure in record["failures"]:
         print(f"failed: {failure}")
-    last = record["samples"][-1]
-    print(
-        f"{'passed' if record['passed'] else 'FAILED'}: {sum(record['steps'].values())} steps, "
-        f"{record['tokens']} tokens, "
-        f"{record['checks']} checked against eager (worst error {record['worst_error']} of what is allowed), "
-        f"{last['kernels']:.0f} kernels, host {last['host_mib']:.0f} MiB, device {last['device_mib']:.0f} MiB, "
-        f"{record['seconds']:.0f} s, by {', '.join(record['providers'])}"
-    )
+    print(summary(record))
     return record
 
 

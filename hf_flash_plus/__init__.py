@@ -45,13 +45,16 @@ __all__ = [
 if _util.find_spec("transformers") is not None:
     from .integration.patch import PatchReport, patch_model, patched, unpatch_model
     from .integration.registration import is_registered, register, unregister
+    from .integration.skip_padding import SkippedPadding, skip_padding
 
     __all__ += [
         "PatchReport",
+        "SkippedPadding",
         "is_registered",
         "patch_model",
         "patched",
         "register",
+        "skip_padding",
         "unpatch_model",
         "unregister",
     ]

@@ -64,7 +64,9 @@ class TrainArguments:
     seed: int = dataclasses.field(default=0, metadata={"help": "of everything random"})
     output_dir: str = dataclasses.field(default="outputs/run", metadata={"help": "result.json, checkpoints, model"})
     checkpoint_every: int = dataclasses.field(default=0, metadata={"help": "steps between checkpoints; 0: none"})
-    resume: bool = dataclasses.field(default=False, metadata={"help": "go on from output_dir's checkpoint"})
+    resume: bool = dataclasses.field(
+        default=False, metadata={"help": "go on from output_dir's checkpoint; with compare: keep what has run"}
+    )
     save_model: bool = dataclasses.field(default=False, metadata={"help": "save model and tokenizer at the end"})
     report_to: str | None = dataclasses.field(
         default=None, metadata={"help": "an accelerate tracker: tensorboard, trackio, ..."}

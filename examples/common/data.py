@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 import sysconfig
 from collections import defaultdict
@@ -33,12 +34,15 @@ ROW_FORMATS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 def _read_folder(root: Path, suffixes: tuple[str, ...]) -> list[Document]:
     """Every text file below a folder; its label is the folder's first-level subfolder ('' for files at the top)."""
     documents = []
-    for path in sorted(root.rglob("*")):
-        parts = path.relative_to(root).parts
-        if path.suffix in suffixes and path.is_file() and not SKIPPED.intersection(parts):
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            if text.strip():
-                documents.append(Document(text, parts[0] if len(parts) > 1 else ""))
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - SKIPPED)  # not even looked into: site-packages may be large
+        for name in sorted(names):
+            path = Path(folder, name)
+            if path.suffix in suffixes and path.is_file():
+                text = path.read_text(encoding="utf-8", errors="ignore")
+                if text.strip():
+                    parts = path.relative_to(root).parts
+                    documents.append(Document(text, parts[0] if len(parts) > 1 else ""))
     return documents
 
 

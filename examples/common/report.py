@@ -86,17 +86,47 @@ def finish(accelerator: Accelerator, model: Any, tokenizer: Any, log: TrainingLo
     return result
 
 
+def _write(path: Path, result: dict) -> None:
+    """Whole or not at all: a training that is stopped leaves no half of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    unfinished.replace(path)
+
+
+#: Arguments that may differ between a training and one that stands in for it.
+_IRRELEVANT = ("compare", "resume", "report_to")
+
+
+def _kept(path: Path, arguments: tuple[Any, ...]) -> dict | None:
+    """What an earlier training with the same arguments wrote; None where there is none."""
+    if not path.exists():
+        return None
+    result: dict = json.loads(path.read_text())
+    now = {key: value for group in arguments for key, value in vars(group).items()}
+    before = result["arguments"]
+    return None if any(before.get(key) != now[key] for key in now if key not in _IRRELEVANT) else result
+
+
 def launch(run: Callable[[Accelerator, tuple[Any, ...]], dict], arguments: tuple[Any, ...]) -> dict:
     """Call a script's ``run`` with each attention implementation; write ``result.json`` and ``loss.png``."""
     args = next(a for a in arguments if isinstance(a, TrainArguments))
     accelerator = make_accelerator(args)
     names = args.compare.split(",") if args.compare else [args.attn_implementation]
+    output = Path(args.output_dir)
     runs = {}
     for name in names:
         args.attn_implementation = name
+        kept = output / f"{name}.json"  # each training on its own: --resume runs only those that are missing
+        if args.compare and args.resume and (found := _kept(kept, arguments)):
+            accelerator.print(f"{name}: has run before")
+            runs[name] = found
+            continue
         set_seed(args.seed, deterministic=args.deterministic)
         runs[name] = run(accelerator, arguments)
         accelerator.free_memory()
+        if args.compare and accelerator.is_main_process:
+            _write(kept, runs[name])
     result = runs[names[0]]
     curves = {name: run["losses"] for name, run in runs.items()}
     if args.compare:
@@ -104,9 +134,7 @@ def launch(run: Callable[[Accelerator, tuple[Any, ...]], dict], arguments: tuple
         result = {"compare": names, "largest_loss_gap": gap, "runs": runs}
         accelerator.print(f"losses       differ by at most {gap:.2e} ({', '.join(names)})")
     if accelerator.is_main_process:
-        output = Path(args.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        _write(output / "result.json", result)
         plot_losses(output / "loss.png", curves)
         print(f"result       {output / 'result.json'}")
     accelerator.wait_for_everyone()  # gloo aborts where a process leaves while another still talks to it

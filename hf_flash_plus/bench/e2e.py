@@ -49,6 +49,10 @@ def run_e2e(
         progress(f"{name}: building the model")
         try:
             model = _build(config, options.get("implementation", name), options.get("preimport"), device)
+            if options.get("skip_padding"):
+                import hf_flash_plus
+
+                hf_flash_plus.skip_padding(model)
         except Exception as error:  # an implementation's failure is a result
             rows += [_row(work, name, "error", _short(error)) for work in config.works]
             save(rows)

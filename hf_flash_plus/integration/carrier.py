@@ -38,11 +38,15 @@ class Carried:
         one_document: the mask takes each row for one document (it is causal, perhaps windowed or chunked, over the
             keys of an empty cache); packed documents may still have to be told apart (see ``attention.py``).
         repack: makes the same mask for packed ``position_ids``; None where only an intersection is left to do.
+        row_ends: ``(batch,)``: rows from here on are padding that sees nothing; None where there are none such.
+        n_rows: the sum of ``row_ends``, where it is known on the host.
     """
 
     mask: AttentionMask
     one_document: bool = False
     repack: Callable[[Tensor], AttentionMask] | None = None
+    row_ends: Tensor | None = None
+    n_rows: int | None = None
 
 
 def _columns(seqlen_q: int, seqlen_k: int) -> int:

@@ -329,15 +329,13 @@ def flash_plus_mask(
         return carrier.encode(intervals, None, None, carrier.Carried(mask, one_document, repack))
     key_mask = _local_padding(attention_mask, kv_length, kv_offset)
     first, last, holes = key_mask_intervals(key_mask)
+    has_holes, n_rows, row_ends = True, None, None
     if not compiling and q_length > 1 and _may_look(device):
-        has_holes, has_padding = _look(first, last, holes, kv_length)
+        has_holes, has_padding, n_rows = _look(first, last, holes, kv_length)
         if not has_padding and aligned:
             flags = _flags(mask_function)
             mask = flags if flags is not None else AttentionMask(row_intervals=intervals)
             return carrier.encode(intervals, None, None, carrier.Carried(mask))
-        if not has_holes:
-            intervals = intersect_intervals(intervals, torch.stack((first, last), dim=-1)[:, None, :])
-            return carrier.encode(intervals, None, None, carrier.Carried(AttentionMask(row_intervals=intervals)))
     padding = torch.stack((first, last), dim=-1)[:, None, :]
     intervals = intersect_intervals(intervals, padding)
     if aligned and q_length == kv_length and skips_padded_rows(config):
@@ -345,8 +343,12 @@ def flash_plus_mask(
         starts, ends = intervals.unbind(-1)
         rows = torch.arange(q_length, device=device)
         intervals = torch.stack((starts, torch.where(rows < last[:, None], ends, starts)), dim=-1)
+        row_ends = last
+    if not has_holes:
+        mask = AttentionMask(row_intervals=intervals)
+        return carrier.encode(intervals, None, None, carrier.Carried(mask, row_ends=row_ends, n_rows=n_rows))
     mask = AttentionMask(row_intervals=intervals, key_mask=key_mask, key_holes=holes)
-    return carrier.encode(intervals, key_mask, holes, carrier.Carried(mask))
+    return carrier.encode(intervals, key_mask, holes, carrier.Carried(mask, row_ends=row_ends))
 
 
 #: Where a look at the padding pays: it lets the fastest kernels serve, those without a mask over the keys.
@@ -357,12 +359,13 @@ def _may_look(device: torch.device) -> bool:
     return device.type in LOOK_AT_PADDING and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def _look(first: Tensor, last: Tensor, holes: Tensor, kv_length: int) -> tuple[bool, bool]:
-    """Whether there are holes in the padding, and whether there is any padding: one wait for the device in a forward
-    (sdpa's mask waits as well), not in a decoding step."""
+def _look(first: Tensor, last: Tensor, holes: Tensor, kv_length: int) -> tuple[bool, bool, int]:
+    """Whether there are holes in the padding, whether there is any padding, and how many tokens there are up to the
+    last real one of each row: one wait for the device in a forward (sdpa's mask waits as well), not in a decoding step.
+    """
     padded = (first > 0) | (last < kv_length)
-    has_holes, has_padding = torch.stack(((holes != 0).any(), padded.any())).tolist()
-    return bool(has_holes), bool(has_holes or has_padding)
+    has_holes, has_padding, count = torch.stack(((holes != 0).any(), padded.any(), last.sum())).tolist()
+    return bool(has_holes), bool(has_holes or has_padding), int(count)
 
 
 def _intervals(spans: Spans, index: Tensor, kv_length: int, kv_offset: int | Tensor) -> Tensor:

@@ -48,6 +48,13 @@ TOKENWISE_ENCODERS = frozenset(
 )
 
 
+#: Decoders of the same kind. Transformers' own flash attention gives 0 at padding, too.
+TOKENWISE_DECODERS = frozenset(
+    "gemma gemma2 gemma3_text gpt2 gpt_neox granite llama ministral mistral olmo2 olmo3 opt phi phi3 qwen2 qwen3 "
+    "smollm3 stablelm starcoder2".split()
+)
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why a family keeps its own attention; ``before``: the version of Transformers from which on it need not."""
@@ -89,7 +96,7 @@ def skips_padded_rows(config: Any) -> bool:
     """Whether the queries of padding on the right need no attention. Never beside cross-attention to other tokens."""
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         return False
-    return getattr(config, "model_type", None) in TOKENWISE_ENCODERS
+    return getattr(config, "model_type", None) in TOKENWISE_ENCODERS | TOKENWISE_DECODERS
 
 
 def _is_of_family(config: Any, family: str) -> bool:

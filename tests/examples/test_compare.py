@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +90,41 @@ def test_jobs_that_fail_or_last_too_long_are_missing(tmp_path, capsys):
     assert "bad: failed (3)" in printed and "slow: failed (stopped: no time is left)" in printed
     changed = Job("good", ("-c", "raise SystemExit(4)", str(tmp_path / "good")), tmp_path / "good")
     assert run_jobs([changed], parallel=1, budget=5) == {}  # another command: what is saved is not its result
+
+
+def test_jobs_are_spread_over_devices_and_each_end_is_told(tmp_path):
+    text = "import json, os, pathlib, sys; seen = json.dumps({'on': os.environ['CUDA_VISIBLE_DEVICES']});"
+    text += "pathlib.Path(sys.argv[1], 'result.json').write_text(seen)"
+    jobs = [Job(str(n), ("-c", text, str(tmp_path / str(n))), tmp_path / str(n)) for n in range(4)]
+    ends = []
+    results = run_jobs(jobs, parallel=2, budget=60, devices=["3", "5"], ended=lambda: ends.append(1))
+    assert {result["on"] for result in results.values()} == {"3", "5"} and len(results) == len(ends) == 4
+
+
+def test_what_was_started_ends_with_its_starter(tmp_path):
+    inner = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()));"
+    inner += "time.sleep(60)"
+    outer = "import pathlib; from common.jobs import Job, run_jobs;"
+    outer += f"run_jobs([Job('slow', ('-c', {inner!r}), pathlib.Path({str(tmp_path / 'slow')!r}))], 1, 60)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "examples")}
+    starter = subprocess.Popen([sys.executable, "-c", outer], env=environment)
+    deadline = time.monotonic() + 30
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pid = int((tmp_path / "pid").read_text())
+    starter.terminate()
+    assert starter.wait(timeout=30) == 128 + signal.SIGTERM
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    """A process that has ended and waits for its parent (which is gone) counts as ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_engines_share_the_rows_of_a_step():

@@ -164,6 +164,22 @@ def test_compare_trains_with_both_and_plots_both(tmp_path, capsys):
         finetune_llama.main([*options, "--save_model"])
 
 
+def test_compare_goes_on_with_what_has_run(tmp_path, capsys):
+    options = [*TINY_LLAMA, "--max_steps", "3", "--max_new_tokens", "0", "--output_dir", str(tmp_path), "--resume"]
+    finetune_llama.main([*options, "--compare", "flash_plus,sdpa"])
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("flash_plus", "sdpa"))
+    assert json.loads((tmp_path / "result.json").read_text())["runs"] == {"flash_plus": one, "sdpa": two}
+    capsys.readouterr()
+    finetune_llama.main([*options, "--compare", "flash_plus,eager,sdpa"])
+    printed = capsys.readouterr().out
+    assert "flash_plus: has run before" in printed and "sdpa: has run before" in printed
+    assert "eager: has run before" not in printed
+    runs = json.loads((tmp_path / "result.json").read_text())["runs"]
+    assert runs["flash_plus"] == one and runs["sdpa"] == two and len(runs["eager"]["losses"]) == 3
+    finetune_llama.main([*options, "--compare", "sdpa,eager", "--max_steps", "4"])  # not the same training
+    assert "has run before" not in capsys.readouterr().out
+
+
 def test_plot_without_matplotlib_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     common.plot_losses(tmp_path / "loss.png", {"flash_plus": [1.0]})
@@ -289,6 +305,22 @@ def test_bert_learns_what_folder_a_snippet_comes_from(tmp_path, capsys):
     assert result["labels"] == ["animals", "colours", "trees"]
     assert result["accuracy_end"] > 0.8
     assert "flash_plus, served by torch_sdpa" in capsys.readouterr().out
+
+
+def test_bert_without_padding_trains_the_same(tmp_path, monkeypatch):
+    corpus = tmp_path / "rows.jsonl"
+    rows = [{"text": "one two three four five six "[: 4 + i % 24], "label": str(i % 2)} for i in range(64)]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pytest.importorskip("datasets")
+    called = []
+    skip_padding = hf_flash_plus.skip_padding
+    monkeypatch.setattr(hf_flash_plus, "skip_padding", lambda model: called.append(skip_padding(model)))
+    options = [*TINY_BERT, "--train_file", str(corpus), "--snippets_per_label", "0", "--dropout", "0"]
+    padded = run(finetune_bert, options, tmp_path / "padded", steps=6)
+    skipped = run(finetune_bert, [*options, "--skip_padding"], tmp_path / "skipped", steps=6)
+    assert len(called) == 1
+    assert skipped["losses"] == pytest.approx(padded["losses"], rel=1e-3)
+    assert skipped["tokens_per_second"] > 0
 
 
 def test_bert_on_a_dataset_of_whole_documents(tmp_path):

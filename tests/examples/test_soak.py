@@ -25,7 +25,18 @@ def test_a_short_soak(tmp_path: Path) -> None:
     assert record["passed"] and not record["failures"]
     assert record["steps"] == dict.fromkeys(soak.TASKS, 3) and record["checks"] == 5
     assert record["providers"] == ["torch_sdpa"] and 0 < record["worst_error"] < 1
-    assert json.loads(path.read_text()) == record
+    assert json.loads(path.read_text()) == record and record["finished"]
+
+
+def test_a_record_of_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """A soak that is cut off leaves its last record, which has not passed."""
+    args = soak.SoakArguments(minutes=0.2, max_steps=400, max_length=8, max_batch=1, max_new_tokens=1, device="cpu")
+    args.check_every = 1
+    records: list[dict[str, Any]] = []
+    last = soak.Soak(args).run(records.append)
+    assert records and records[0]["checks"] and not any(r["passed"] or r["finished"] for r in records)
+    assert last["finished"] and records[0]["seconds"] < last["seconds"]
+    assert capsys.readouterr().out.startswith("running: ")
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])

@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from torch import nn
 
+from hf_flash_plus.integration import mask_interface
 from hf_flash_plus.integration.attention import flash_plus_attention
 
 from .tiny import _DECODER, VOCAB, _llama4, _text, assert_close, build, build_from, ids, padding
@@ -367,12 +368,16 @@ def test_positions_tell_documents_apart_where_no_mask_comes() -> None:
     assert not torch.allclose(full, out)  # image encoders have positions, too, and mean full attention
 
 
+@pytest.mark.parametrize("looks", [False, True], ids=["cpu", "as on a gpu"])
 @pytest.mark.parametrize("side", ["left", "right", "inner"])
-def test_encoders_leave_padding_on_the_right_out(side: str) -> None:
-    """BERT: attention gives 0 after the last real token; every token up to it and every gradient is what eager gives.
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_padding_on_the_right_is_left_out(kind: str, side: str, looks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention gives 0 after the last real token; every token up to it and every gradient is what eager gives.
 
-    Padding before that is computed, too: a model that pools by its first token gets eager's number, padding or not.
+    Padding before that is computed, too, where it sees anything: a model that pools by its first token gets eager's
+    number, padding or not. (A decoder's padding on the left sees nothing.) On a GPU the mask is made another way.
     """
+    monkeypatch.setattr(mask_interface, "LOOK_AT_PADDING", frozenset({"cpu"} if looks else ()))
     lengths = {"left": [0, 3], "right": [8, 5], "inner": [2, 4]}[side]
     mask = torch.ones(2, 8, dtype=torch.long)
     for row, length in zip(mask, lengths):
@@ -383,18 +388,23 @@ def test_encoders_leave_padding_on_the_right_out(side: str) -> None:
         else:
             row[length : length + 2] = 0
     ids = torch.randint(1, 60, (2, 8), generator=torch.Generator().manual_seed(0))
-    kept = torch.ones_like(mask).bool() if side != "right" else mask.bool()
+    all_computed = side == "inner" or (side == "left" and kind == "bert")
+    kept = torch.ones_like(mask).bool() if all_computed else mask.bool()
     found: dict[str, list[torch.Tensor]] = {}
     attended: list[torch.Tensor] = []
+    sizes: dict[str, int] = dict(
+        vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
     for name in ("eager", "flash_plus"):
         torch.manual_seed(0)
-        config = tf.BertConfig(
-            vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-        )
+        config = tf.BertConfig(**sizes) if kind == "bert" else tf.LlamaConfig(**sizes)
         model = tf.AutoModel.from_config(config, attn_implementation=name).eval()
-        if name == "flash_plus":
+        if name == "flash_plus" and kind == "bert":
             attention = model.encoder.layer[0].attention.self
             attention.register_forward_hook(lambda module, args, output: attended.append(output[0]))
+        elif name == "flash_plus":
+            projection = model.layers[0].self_attn.o_proj
+            projection.register_forward_hook(lambda module, args, output: attended.append(args[0]))
         hidden = model(ids, attention_mask=mask).last_hidden_state[kept]
         (hidden * torch.linspace(-1, 1, 32)).sum().backward()
         found[name] = [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]

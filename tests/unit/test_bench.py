@@ -382,11 +382,13 @@ def test_e2e_run(tmp_path: Path) -> None:
 def test_e2e_run_of_an_encoder(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    settings = {**E2E, "peers": ["sdpa", "flash_plus"], "model": {"type": "bert", "vocab_size": 64, **sizes}}
+    skipping = {"name": "skipping", "implementation": "flash_plus", "skip_padding": True}
+    peers = ["sdpa", "flash_plus", skipping]
+    settings = {**E2E, "peers": peers, "model": {"type": "bert", "vocab_size": 64, **sizes}}
     works = [{"kind": "train", "layout": layout, "batch": 2, "seqlen": 16} for layout in ("plain", "padded")]
     found = run(configuration.parse({**settings, "works": works}), CPU, tmp_path, ignore)
     assert [(row["peer"], row["status"], row["tokens"]) for row in found["rows"]] == [
-        (peer, "ok", tokens) for tokens in (32, 20) for peer in ("sdpa", "flash_plus")
+        (peer, "ok", tokens) for tokens in (32, 20) for peer in ("sdpa", "flash_plus", "skipping")
     ]
     for change in ({"works": E2E["works"]}, {"model": {"type": "rnn"}, "works": works}):
         with pytest.raises(ConfigError, match=r"bert neither|type 'rnn'"):

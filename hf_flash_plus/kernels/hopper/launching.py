@@ -42,6 +42,13 @@ def descriptor(tensor: Tensor, block: list[int], layout: Any) -> Any:
     return found
 
 
+def described_anew(descriptor: Any, base: Any) -> Any:
+    """The same description of a tensor elsewhere; ``base`` has to have a ``data_ptr()``."""
+    found = object.__new__(type(descriptor))
+    found.__dict__.update(descriptor.__dict__, base=base)
+    return found
+
+
 def stride_classes(strides: tuple[int, ...]) -> tuple[int, ...]:
     """What Triton compiles anew for in integers: multiples of 16, 1, and those that need 64 bits."""
     return tuple((s & 15 == 0) + 2 * (s == 1) + 4 * (s >= 2**31) for s in strides)

@@ -66,6 +66,11 @@ CASES += [
         (640, 640, 8, 32, 8),
     )
 ]
+#: Several query heads to a program: those of all heads that mask come first. Diagonals through corners and elsewhere.
+CASES += [
+    Case(("causal",), 8, 640, seqlen_k, 32, 8, dim, dim, BF16)
+    for seqlen_k, dim in ((640, 64), (768, 64), (700, 64), (700, 128))
+]
 CASES += [
     Case(features, 2, 1025, 1100, 34, 17, dim, dim, BF16)
     for features in ((), ("packed",), ("left_padding",))

@@ -54,7 +54,11 @@ def gluon_reason() -> str | None:
     if reason is not None:
         return reason
     try:
+        from triton._C.libtriton import gluon_ir
+
         from . import backward  # noqa: F401
+
+        gluon_ir.GluonOpBuilder.create_async_tma_reduce  # noqa: B018  (what `backward.reduce_add` calls)
     except Exception as error:  # experimental: what is there may differ between builds of one version
         return f"the Gluon of this Triton lacks something ({type(error).__name__}: {error})"
     return None

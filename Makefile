@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest gpu-test gpu-fuzz gpu-soak coverage-page curves engines lint format types clean
+.PHONY: help demo test test-lowest gpu-test gpu-fuzz gpu-sanitize gpu-soak coverage-page curves engines lint format types clean
 .PHONY: pytest-cpu pytest-interpreter pytest-distributed pytest-hopper
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -125,17 +125,23 @@ coverage-page: ## COVERAGE.md from the records in tests/transformers (hf-flash-p
 	PYTHONPATH=. python -m hf_flash_plus coverage --from-json $(RECORDS).json \
 	  $(addprefix --beside ,$(sort $(wildcard $(RECORDS)-*.json))) --report COVERAGE.md
 
-gpu-test: ## the GPU tests, with the current python (no environment is created)
-	python -m pytest tests/gpu -m gpu
-
+# The GPU's targets use the current python: no environment is created. Order of gpu-test: kernels are compiled, tests
+# run in parallel, then random calls, then the tests that need the GPU alone (-m exclusive), then compute-sanitizer.
+GPU_ARGS ?=
 FUZZ_EXAMPLES ?= 2000
 SOAK_MINUTES ?= 10
 
-gpu-fuzz: ## thousands of random calls on the GPU, with the current python; FUZZ_EXAMPLES of each kind and provider
-	HF_FLASH_PLUS_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) python -m pytest tests/gpu/test_fuzz.py -m gpu -s
+gpu-test: ## all GPU tests, into tests/gpu/record.json (GPU_ARGS="--budget 600 --parts parallel,exclusive")
+	python -m tests.gpu.suite $(GPU_ARGS)
 
-gpu-soak: ## SOAK_MINUTES of mixed training and generation on the GPU, with the current python
-	python examples/soak.py --minutes $(SOAK_MINUTES) --result_file outputs/soak.json
+gpu-fuzz: ## thousands of random calls on the GPU: FUZZ_EXAMPLES of each kind and provider, into outputs/fuzz.json
+	python -m tests.gpu.suite --parts fuzz --fuzz-examples $(FUZZ_EXAMPLES) --output outputs/fuzz.json
+
+gpu-sanitize: ## memcheck and racecheck of our kernels, into outputs/sanitizer.json
+	python -m tests.gpu.sanitizer --output outputs/sanitizer.json
+
+gpu-soak: ## SOAK_MINUTES of mixed training and generation on the GPU, into tests/gpu/soak.json
+	python examples/soak.py --minutes $(SOAK_MINUTES) --result_file tests/gpu/soak.json
 
 clean: ## remove the environments and the tools' caches
 	rm -rf $(VENV) $(VENV_LOWEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis outputs *.egg-info

@@ -183,8 +183,8 @@ class Soak:
         self.samples.append(
             {
                 "step": sum(self.done.values()),
-                "host_mib": pages * os.sysconf("SC_PAGE_SIZE") / mib if pages else 0.0,
-                "device_mib": torch.cuda.memory_allocated() / mib if self.device.type == "cuda" else 0.0,
+                "host_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / mib, 1) if pages else 0.0,
+                "device_mib": round(torch.cuda.memory_allocated() / mib, 1) if self.device.type == "cuda" else 0.0,
                 "kernels": compiled_kernels(),
             }
         )
@@ -268,6 +268,13 @@ def summary(record: dict[str, Any]) -> str:
     )
 
 
+def dumps(record: dict[str, Any]) -> str:
+    """The record as JSON, a sample a line."""
+    samples = ",\n    ".join(json.dumps(sample) for sample in record["samples"])
+    head = json.dumps({**record, "samples": []}, indent=2)
+    return head.removesuffix("[]\n}") + f"[\n    {samples}\n  ]\n}}\n"
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     (args,) = HfArgumentParser((SoakArguments,)).parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     transformers_logging.set_verbosity_error()
@@ -276,7 +283,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if args.result_file:
             path = Path(args.result_file)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            path.write_text(dumps(record), encoding="utf-8")
 
     # A cache of its own, so that what it holds was compiled by this run.
     before = os.environ.get("TRITON_CACHE_DIR")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from . import settings
 from .inputs import AttentionInputs, CallSignature
 from .providers import PROVIDERS, Provider
+from .providers.base import torch_is_deterministic
 
 logger = logging.getLogger("hf_flash_plus")
 
@@ -40,7 +41,7 @@ class NoProviderError(NotImplementedError):
     """No provider of the path (or not the forced one) can serve the call; the message lists every reason."""
 
 
-_cache: dict[tuple[CallSignature, bool, str | None], Selection] = {}
+_cache: dict[tuple[CallSignature, bool, str | None, bool], Selection] = {}
 _reported: set[tuple[str, str]] = set()
 
 
@@ -106,10 +107,12 @@ def select_provider(signature: CallSignature) -> Selection:
         NoProviderError: nobody can (lists the call and every provider's reasons).
         ValueError: an environment variable or :func:`use_provider` names no provider, or is no boolean.
     """
-    key = (signature, settings.use_flaggems(), settings.forced_provider())
+    # What torch was told counts for those that rely on it, see torch_sdpa.
+    ordered = signature.deterministic and torch_is_deterministic()
+    key = (signature, settings.use_flaggems(), settings.forced_provider(), ordered)
     found = _cache.get(key)
     if found is None:
-        found = _cache[key] = _select(*key)
+        found = _cache[key] = _select(*key[:3])
         if found.fallback:
             _report_fallback(found, signature)
     return found

@@ -181,7 +181,7 @@ def check(
     if providers is not None:
         result.missing = [name for name in names if reasons[name] is not None]
     result.not_checked = _not_checked(device, [one for one in result.providers if one.reason])
-    jobs = jobs or max(1, min(8, (os.cpu_count() or 2) // 2))
+    jobs = jobs or max(1, min(12, _cores() // 2))
     work: list[tuple[Runner, list[Cell], list[Row], bool]] = []
     for name in asked:
         cells = matrix(name, device)
@@ -215,6 +215,11 @@ def check(
     result.rows.sort(key=lambda row: order.get(Cell(row.provider, row.feature, row.dtype, device), -1))
     result.seconds = time.perf_counter() - begin
     return result
+
+
+def _cores() -> int:
+    """How many cores this process may use, which in a container can be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
 
 
 def _not_checked(device: str, unusable: Sequence[Usable]) -> list[str]:

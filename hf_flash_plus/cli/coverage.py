@@ -43,7 +43,7 @@ def coverage(
     output: Annotated[Path | None, typer.Option(help="Write the results there as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the results there as a Markdown page.")] = None,
     update: Annotated[bool, typer.Option("--update", help="Keep the other rows that --output already has.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on: run only what --output does not have.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on: run what --output does not have, or lost.")] = False,
     beside: Annotated[list[Path] | None, typer.Option(help="Other results that --report mentions.")] = None,
     from_json: Annotated[Path | None, typer.Option(help="Run nothing: take the results of an earlier run.")] = None,
     against: Annotated[Path | None, typer.Option(help="Fail where an earlier run's results are better.")] = None,
@@ -123,7 +123,7 @@ def _sweep(
     import math
     import signal
 
-    from ..coverage.pool import run_all
+    from ..coverage.pool import is_lost, run_all
     from ..coverage.record import Record, make_header
 
     header = make_header(plan.settings, plan.checks)
@@ -134,7 +134,8 @@ def _sweep(
         return new if known is None else known.updated(new)
 
     record()  # refuses results of other versions or settings before the first minute is spent
-    todo = [name for name in plan.models if not resume or known is None or name not in known.by_type()]
+    have = {row.model_type for row in known.rows if not is_lost(row)} if resume and known is not None else set()
+    todo = [name for name in plan.models if name not in have]
     _quiet()
     console = make_console()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from . import multimodal
 from .cells import DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
@@ -237,6 +238,10 @@ def _generated(model: Any, subject: Subject, inputs: dict[str, Any], dtype: torc
     torch.manual_seed(0)
     options: dict[str, Any] = {"cache_implementation": cache} if cache else {}
     settings = model.generation_config
+    low = subject.settings.dtype is not torch.float32
+    forced = _prescribed(inputs) if low else None
+    if forced is not None:
+        options["logits_processor"] = LogitsProcessorList([forced])
     if model.config.is_encoder_decoder and settings.decoder_start_token_id is None and settings.bos_token_id is None:
         options["decoder_start_token_id"] = 2
     with torch.no_grad():
@@ -255,16 +260,36 @@ def _generated(model: Any, subject: Subject, inputs: dict[str, Any], dtype: torc
         return collect(output)
     result: Outputs = {}
     logits = list(getattr(output, "logits", None) or ())
-    if dtype is torch.float32 and subject.settings.dtype is torch.float32:
-        result["sequences"] = output.sequences.float()
-        result.update({f"logits.{step}": tensor for step, tensor in enumerate(logits)})
-    else:
-        # In low precision the tokens may part after the first step.
-        result.update({f"logits.{step}": tensor for step, tensor in enumerate(logits[:1])})
-    if dtype is torch.float64:
-        result = {"sequences": output.sequences.double()}
-        result.update({f"logits.{step}": tensor for step, tensor in enumerate(logits)})
+    if low and (forced is None or not forced.followed(output.sequences)):
+        logits = logits[:1]  # rounding may choose other tokens, after which nothing can be compared
+    if not low:
+        result["sequences"] = output.sequences.to(dtype)
+    result.update({f"logits.{step}": tensor for step, tensor in enumerate(logits)})
     return result
+
+
+class _Prescribed(LogitsProcessor):
+    """Puts in given tokens, step by step, whatever the logits say: in low precision they would part by rounding."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens, self.step = tokens, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = self.tokens[:, self.step, None].to(scores.device)
+        self.step += 1
+        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+
+    def followed(self, sequences: Tensor) -> bool:
+        """Whether the tokens came to stand at the end of what was generated."""
+        return torch.equal(sequences[:, -self.tokens.shape[1] :].cpu(), self.tokens)
+
+
+def _prescribed(inputs: dict[str, Any]) -> _Prescribed | None:
+    """Tokens to put in: those of the prompt once more, which every model knows how to take."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < NEW_TOKENS:
+        return None
+    return _Prescribed(ids[:, -NEW_TOKENS:].cpu())
 
 
 def images(subject: Subject, kind: str) -> Cell | None:

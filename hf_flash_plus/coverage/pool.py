@@ -172,6 +172,11 @@ def _lost(model_type: str, reason: str) -> Row:
     return Row(model_type, runs=True, cells={"forward": Cell(DIFFERENT, note=reason)})
 
 
+def is_lost(row: Row) -> bool:
+    """Whether nobody answered for a row: it has no class, since that is found out in the process."""
+    return row.runs and not row.cls
+
+
 def _stop(worker: _Worker) -> None:
     worker.process.kill()
     worker.process.join()

@@ -38,20 +38,33 @@ class Record:
     def updated(self, newer: Record) -> Record:
         """This record with the rows of a newer one in place of its own.
 
+        A sweep may go on with another GPU of the same compute capability, for which the same kernels serve: the
+        record names both.
+
         Raises:
-            ValueError: they were made by different versions or settings.
+            ValueError: they were made by different versions, settings, or kinds of device.
         """
-        for key in ("versions", "device", "dtype", "tolerance", "checks"):
+        for key in ("versions", "dtype", "tolerance", "checks"):
             if self.header[key] != newer.header[key]:
                 raise ValueError(f"the records differ in {key}: {self.header[key]} and {newer.header[key]}.")
+        header = {**newer.header, "device": _both_devices(self.header, newer.header)}
         rows = newer.by_type()
         known = self.by_type()
         kept = [rows.get(row.model_type, row) for row in self.rows]
-        return Record(newer.header, kept + [row for row in newer.rows if row.model_type not in known])
+        return Record(header, kept + [row for row in newer.rows if row.model_type not in known])
 
     def by_type(self) -> dict[str, Row]:
         """The rows by model type."""
         return {row.model_type: row for row in self.rows}
+
+
+def _both_devices(first: dict[str, Any], second: dict[str, Any]) -> str:
+    """The devices of two headers in one text."""
+    kinds, names = zip(*(str(header["device"]).rstrip(")").partition(" (")[::2] for header in (first, second)))
+    if kinds[0] != kinds[1] or first.get("capability") != second.get("capability"):
+        raise ValueError(f"the records differ in device: {first['device']} and {second['device']}.")
+    known = dict.fromkeys(name for text in names for name in text.split(", ") if name)
+    return f"{kinds[0]} ({', '.join(known)})" if known else str(kinds[0])
 
 
 def make_header(settings: Settings, checks: list[str]) -> dict[str, Any]:
@@ -61,9 +74,11 @@ def make_header(settings: Settings, checks: list[str]) -> dict[str, Any]:
 
     from .. import __version__
 
-    device = settings.device
+    device, capability = settings.device, {}
     if device.startswith("cuda"):
-        device = f"{device} ({torch.cuda.get_device_name(torch.device(device))})"
+        index = torch.device(device)
+        capability = {"capability": ".".join(map(str, torch.cuda.get_device_capability(index)))}
+        device = f"{device} ({torch.cuda.get_device_name(index)})"
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "versions": {
@@ -73,6 +88,7 @@ def make_header(settings: Settings, checks: list[str]) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "device": device,
+        **capability,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "tolerance": settings.tolerance,
         "checks": checks,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from .cells import CHECKS, DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
+from .judge import LOW_PRECISION_FACTOR, LOW_PRECISION_FLOOR
 from .record import Record, Summary, summarize
 from .worker import Row
 
@@ -148,10 +151,30 @@ def _others(record: Record, others: dict[str, Record]) -> str:
             + f" | **{counts.different}** | {len(_changes(record, other))} |"
         )
     for name, other in others.items():
+        lines += _low_precision(name, other)
         changes = _changes(record, other)
         if changes:
             lines += ["", f"<details><summary>{name}: cells other than above</summary>", "", *changes, "", "</details>"]
     return "\n".join(lines)
+
+
+def _low_precision(name: str, other: Record) -> list[str]:
+    """What exact means in half precision, and who served on a GPU."""
+    dtype = other.header["dtype"]
+    lines = []
+    if dtype in ("bfloat16", "float16"):
+        lines = [
+            "",
+            f"{name}: a cell is exact when `flash_plus` in {dtype} is at most {LOW_PRECISION_FACTOR:g} times as far "
+            f"from eager in fp32 as eager in {dtype}, by the largest or by the root mean square difference, or at most "
+            f"{LOW_PRECISION_FLOOR:.1e} of the largest value (one rounding to bf16). Generation is compared by the "
+            "logits of all steps, with the same tokens put in.",
+        ]
+    served = Counter(provider for row in other.rows for provider in row.providers)
+    if served:
+        words = ", ".join(f"`{provider}` in {count}" for provider, count in served.most_common())
+        lines += ["", f"{name}: providers that served, by model types: {words}."]
+    return lines
 
 
 def _changes(record: Record, other: Record) -> list[str]:

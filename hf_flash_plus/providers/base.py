@@ -12,6 +12,11 @@ from ..inputs import AttentionInputs, CallSignature
 from ..masks import AttentionMask
 
 
+def torch_is_deterministic() -> bool:
+    """Whether torch was told to use deterministic algorithms; with ``warn_only`` it uses the others and warns."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 class AttentionOutput(NamedTuple):
     """``out`` ``(batch, seqlen_q, nheads, v_head_dim)`` in the dtype of ``query``; ``softmax_lse`` fp32
     ``(batch, nheads, seqlen_q)`` (natural log, sinks included, -inf on rows that see nothing) or None where it

@@ -24,6 +24,10 @@ from .base import AttentionOutput, Provider
 HALF = frozenset({torch.float16, torch.bfloat16})
 
 
+#: The batch and the heads are dimensions of the kernels' grids.
+MAX_GRID = 65535
+
+
 @dataclass(frozen=True)
 class Generation:
     """One generation of flash-attn: where it lives, on which devices it runs, what it serves, how it is called."""
@@ -190,6 +194,12 @@ class FlashAttnProvider(Provider):
         found = _find()
         assert not isinstance(found, str)
         generation, module, _ = found
+        if not inputs.query.numel() or not inputs.key.numel():
+            return _nothing_seen(inputs)
+        if max(inputs.batch, inputs.nheads) > MAX_GRID:
+            raise NotImplementedError(
+                f"provider flash_attn: a CUDA grid holds {MAX_GRID}, got batch {inputs.batch}, heads {inputs.nheads}."
+            )
         arguments = generation.arguments(inputs)
         packed = inputs.mask.packed
         if packed is None:
@@ -212,3 +222,16 @@ class FlashAttnProvider(Provider):
             # flash-attn says +inf on rows that see nothing; here that is -inf.
             lse = lse.masked_fill(lse == float("inf"), float("-inf"))
         return AttentionOutput(out, lse)
+
+
+def _nothing_seen(inputs: AttentionInputs) -> AttentionOutput:
+    """Zeros where there are no queries or no keys, which the packages' kernels do not expect."""
+    q = inputs.query
+    every = torch.ones((), dtype=torch.bool, device=q.device)
+    # Filled, not multiplied: 0 * inf is NaN. And so the output has its (zero) gradients.
+    zero = sum(tensor.masked_fill(every, 0.0).sum() for tensor in (q, inputs.key, inputs.value))
+    out = zero.to(q.dtype).expand(*q.shape[:3], inputs.v_head_dim).contiguous()
+    lse = None
+    if inputs.needs_lse:
+        lse = torch.full((inputs.batch, inputs.nheads, inputs.seqlen_q), float("-inf"), device=q.device)
+    return AttentionOutput(out, lse)

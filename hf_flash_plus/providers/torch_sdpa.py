@@ -6,16 +6,19 @@ built once for each mask and remembered with it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import DTYPES, AttentionInputs, CallSignature
 from ..masks import additive, visible
-from .base import ALL_FEATURES, AttentionOutput, Provider
+from .base import ALL_FEATURES, AttentionOutput, Provider, torch_is_deterministic
 from .reference import alibi_bias, row_sinks
 
 _MEMO = "_hf_flash_plus_visible"
+_MEMO_OPEN = "_hf_flash_plus_visible_open"
 
 
 class TorchSdpaProvider(Provider):
@@ -35,6 +38,9 @@ class TorchSdpaProvider(Provider):
             return ["serves real tensors, these are on the meta device"]
         if signature.alibi and signature.device_type != "cpu" and signature.dtype not in (torch.float32, torch.float64):
             return ["would round ALiBi's distances to half precision"]
+        ordered = signature.device_type == "cpu" or torch_is_deterministic()
+        if signature.deterministic and signature.needs_grad and not ordered:
+            return ["adds up gradients in any order on GPUs unless torch.use_deterministic_algorithms(True)"]
         return []
 
     def forward(self, inputs: AttentionInputs) -> AttentionOutput:
@@ -45,31 +51,83 @@ class TorchSdpaProvider(Provider):
         dropout_p = inputs.dropout_p if inputs.dropout_p > 0.0 else 0.0
         is_causal = _flags_suffice(inputs)
         mask = None if is_causal else _dense(inputs)
+        empty = None
         if inputs.sinks is not None:
             k, v, mask = _append_sink(inputs, k, v, mask, is_causal)
             is_causal = False
+        elif mask is not None and not _zero_where_nothing_is_seen(q.device):
+            mask, empty = _without_empty_rows(inputs, mask)
         if nheads != nheads_k and not _gqa_is_fused(q, mask):
             groups = nheads // nheads_k
             if seqlen_q == 1 and (mask is None or mask.shape[1] == 1):
                 # One token: the query heads of a group become rows, and K and V need no copy.
                 packed = q.reshape(batch, nheads_k, groups, head_dim)
-                out = F.scaled_dot_product_attention(
-                    packed, k, v, attn_mask=mask, dropout_p=dropout_p, scale=inputs.softmax_scale
-                )
+                out = _zeroed(_sdpa(packed, k, v, mask, dropout_p=dropout_p, scale=inputs.softmax_scale), empty)
                 return AttentionOutput(out.reshape(batch, 1, nheads, v.shape[3]))
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
             nheads_k = nheads
-        out = F.scaled_dot_product_attention(
+        out = _sdpa(
             q,
             k,
             v,
-            attn_mask=mask,
+            mask,
             dropout_p=dropout_p,
             is_causal=is_causal,
             scale=inputs.softmax_scale,
             enable_gqa=True if nheads != nheads_k else False,  # noqa: SIM210 (symbolic, as above)
         )
-        return AttentionOutput(out.transpose(1, 2))
+        return AttentionOutput(_zeroed(out, empty).transpose(1, 2))
+
+
+def _zero_where_nothing_is_seen(device: torch.device) -> bool:
+    """Whether SDPA itself gives 0 and no gradients to rows that see nothing; on GPUs not all of its backends do."""
+    return device.type == "cpu"
+
+
+def _without_empty_rows(inputs: AttentionInputs, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A mask whose rows all see something, and which of them saw nothing before ``(..., seqlen_q, 1)``."""
+    memo = inputs.mask.__dict__.get(_MEMO_OPEN)
+    if memo is not None and memo[0] is mask:
+        return memo[1], memo[2]
+    if mask.dtype == torch.bool:
+        empty = ~mask.any(-1, keepdim=True)
+        filled = mask | empty
+    else:
+        empty = (mask == float("-inf")).all(-1, keepdim=True)
+        filled = mask.masked_fill(empty, 0.0)
+    if mask.dtype == torch.bool and not torch.compiler.is_compiling():  # for the other layers
+        object.__setattr__(inputs.mask, _MEMO_OPEN, (mask, filled, empty))
+    return filled, empty
+
+
+def _zeroed(out: Tensor, empty: Tensor | None) -> Tensor:
+    return out if empty is None else out.masked_fill(empty, 0.0)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    """SDPA; on a GPU in parts of the batch where its kernels would go beyond what they can count."""
+    size = _batch_at_a_time(q)
+    if q.shape[0] <= size:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    parts = []
+    for begin in range(0, q.shape[0], size):
+        part = slice(begin, begin + size)
+        seen = mask if mask is None or mask.shape[0] == 1 else mask[part]
+        parts.append(F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=seen, **options))
+    return torch.cat(parts)
+
+
+def _batch_at_a_time(q: Tensor) -> int:
+    """How many batch elements of q ``(batch, nheads, seqlen_q, head_dim)`` one call of SDPA may have.
+
+    The batch is a dimension of the kernels' grids, which end at 65535 (pytorch issue 146704). The flash backward counts
+    elements of its fp32 dq in 32 bits, with lengths rounded up to 128: beyond, it reads memory that is not there, and
+    the CUDA context is lost.
+    """
+    if q.device.type != "cuda":
+        return max(q.shape[0], 1)
+    rows, dim = -(-q.shape[2] // 128) * 128, -(-q.shape[3] // 32) * 32
+    return max(min(65535, (2**31 - 1) // max(q.shape[1] * rows * dim, 1)), 1)
 
 
 def _flags_suffice(inputs: AttentionInputs) -> bool:

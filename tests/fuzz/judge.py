@@ -1,4 +1,4 @@
-"""Executing a random call, and comparing what it gives with float64."""
+"""Executing a random call, and comparing what it gives with float64, on the device that it ran on."""
 
 from __future__ import annotations
 
@@ -19,39 +19,54 @@ class Declined(Exception):
     """The provider says that it does not serve the call."""
 
 
+class DeviceLost(BaseException):
+    """The call took the device with it. No ``Exception``: hypothesis would go on, and shrink what no longer runs."""
+
+
 def run(call: Call, provider: str, device: str) -> None:
     """Execute a call and compare output, log-sum-exp, gradients and caches with float64.
 
     Raises:
         Declined: the provider does not serve it.
+        DeviceLost: after it the device answers nobody in this process.
         AssertionError: something differs or fails; shows code that reproduces it.
     """
     code = call.code(provider, device)
     try:
-        _run(call, code)
+        _run(call, code, device)
     except Declined:
         raise
     except Exception as error:
         what = str(error) if isinstance(error, Difference) else f"{type(error).__name__}: {error}"
-        raise AssertionError(f"{what}\n\n# This reproduces the call:\n{code}") from error
+        what = f"{what}\n\n# This reproduces the call:\n{code}"
+        raise (AssertionError if _answers(device) else DeviceLost)(what) from error
 
 
-def _run(call: Call, code: str) -> None:
+def _answers(device: str) -> bool:
+    try:
+        return torch.ones(1, device=device).item() == 1.0
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
+
+
+def _run(call: Call, code: str, device: str) -> None:
     names: dict[str, Any] = {}
     try:
         exec(compile(code, "<random call>", "exec"), names)
     except NoProviderError as error:
         raise Declined(str(error)) from None
     out, lse = _parts(call, names["result"])
-    dense = call.dense(names).to("cpu", gradients=bool(call.sources()))
+    dense = call.dense(names).to(device, gradients=bool(call.sources()))
     grads = dout = None
     if call.sources():
         generator = torch.Generator().manual_seed(call.seed + 1)
-        dout = torch.randn(out.shape, generator=generator).to(out.dtype)
+        dout = torch.randn(out.shape, generator=generator).to(device, out.dtype)
         if not out.requires_grad:
             raise Difference("the output has no gradient although its inputs do")
         grads = _gradients(call, names, out, dout)
-    out, lse = out.detach().cpu(), None if lse is None else lse.detach().cpu()
+    out, lse = out.detach(), None if lse is None else lse.detach()
     if isinstance(call, Varlen):
         out, lse = out[None], None if lse is None else lse[None]
         dout = None if dout is None else dout[None]
@@ -71,15 +86,15 @@ def _parts(call: Call, result: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _gradients(call: Call, names: dict[str, Any], out: Tensor, dout: Tensor) -> dict[str, Tensor]:
-    """Gradients by the names of :class:`Dense`, on the CPU."""
+    """Gradients by the names of :class:`Dense`."""
     wanted = [names[name] for name in call.sources()]
-    found = torch.autograd.grad(out, wanted, dout.to(out.device), allow_unused=True)
+    found = torch.autograd.grad(out, wanted, dout, allow_unused=True)
     grads = {}
     for name, source, gradient in zip(call.sources(), wanted, found):
         gradient = torch.zeros_like(source) if gradient is None else gradient
         if gradient.dtype != source.dtype or gradient.shape != source.shape:
             raise Difference(f"the gradient of {name} is {gradient.dtype} {tuple(gradient.shape)}")
-        grads |= call.taken_apart(name, gradient.cpu())
+        grads |= call.taken_apart(name, gradient)
     return grads
 
 

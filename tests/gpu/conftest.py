@@ -1,38 +1,42 @@
-"""GPU tests: skipped with the reason where there is no CUDA device; a run can be recorded in ``record.json``.
+"""GPU tests: skipped with the reason where there is no CUDA device; a run can be recorded.
 
-``pytest tests/gpu --record`` (or ``HF_FLASH_PLUS_RECORD=1``) writes ``tests/gpu/record.json``: when, on what, with
-which versions, and how many tests passed. The file is written by this plugin only, never by hand. ``--record-file
-PATH`` writes a copy (or, without ``--record``, just that).
+``pytest tests/gpu --record-file PATH`` writes a record of the run (see ``recording``). ``python -m tests.gpu.suite``
+(``make gpu-test``) runs everything and writes ``record.json``, which is never written by hand.
+
+Tests marked ``exclusive`` need the GPU's memory, or the machine, for themselves: run them with ``-m exclusive`` and one
+process, and the others with ``-m "not exclusive"`` and as many as there are cores.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
+import random
 import sys
-import time
-from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from .recording import GpuRecord
+
 HERE = Path(__file__).parent
-RECORD = HERE / "record.json"
+_FAILED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hf_flash_plus", "GPU test record")
-    group.addoption("--record", action="store_true", help=f"write {RECORD.name} beside the GPU tests after the run")
     group.addoption("--record-file", default=None, help="write the record of the GPU run to this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    paths = _record_paths(config)
-    if paths and not hasattr(config, "workerinput"):  # with pytest-xdist only the controller sees all results
-        config.pluginmanager.register(GpuRecord(paths), "hf_flash_plus_gpu_record")
+    if hasattr(config, "workerinput"):  # with pytest-xdist only the controller sees all results
+        return
+    path = config.getoption("--record-file", default=None)
+    if path:
+        config.pluginmanager.register(GpuRecord([Path(path)]), "hf_flash_plus_gpu_record")
+    if "HF_FLASH_PLUS_FUZZ_EXAMPLES" in os.environ:  # one seed for all processes, which share what they compile
+        os.environ.setdefault("HF_FLASH_PLUS_FUZZ_SEED", str(random.SystemRandom().randrange(2**32)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,82 +57,59 @@ def _missing_reason() -> str | None:
     return "needs a CUDA device: torch sees none"
 
 
-def _record_paths(config: pytest.Config) -> list[Path]:
-    paths = []
-    if config.getoption("--record", default=False) or os.environ.get("HF_FLASH_PLUS_RECORD", "") not in ("", "0"):
-        paths.append(RECORD)
-    extra = config.getoption("--record-file", default=None)
-    return [*paths, Path(extra)] if extra else paths
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+    return report
 
 
-class GpuRecord:
-    """Counts the outcomes of the tests in this folder and writes them at the end of a run on a GPU."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-        self.begin = time.monotonic()
-        self.files: dict[str, Counter[str]] = {}
-        self.failures: list[str] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        file = report.nodeid.split("::")[0]
-        if not file.startswith("tests/gpu/") and HERE.name not in Path(file).parts:
-            return
-        outcome = self._outcome(report)
-        if outcome:
-            self.files.setdefault(Path(file).name, Counter())[outcome] += 1
-        if outcome in ("failed", "error"):
-            self.failures.append(report.nodeid)
-
-    @staticmethod
-    def _outcome(report: pytest.TestReport) -> str | None:
-        """A test counts once: by its call, or by the setup or teardown that kept it from being one."""
-        if hasattr(report, "wasxfail"):
-            return ("xfailed" if report.skipped else "xpassed") if report.when == "call" or report.skipped else None
-        if report.when == "call" or (report.when == "setup" and report.skipped):
-            return report.outcome
-        return "error" if report.failed else None
-
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if not torch.cuda.is_available() or session.config.option.collectonly:
-            return
-        text = json.dumps(self.record(int(exitstatus)), indent=2) + "\n"
-        for path in self.paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-
-    def record(self, exitstatus: int) -> dict[str, Any]:
-        """The record, as JSON data."""
-        from hf_flash_plus.bench import environment
-
-        total = sum(self.files.values(), Counter())
-        found = environment.describe()
-        keep = ("python", "torch", "cuda", "triton", "transformers", "flag_gems", "hf_flash_plus")
-        return {
-            "date": found["date"],
-            "gpu": found["gpu"],
-            "driver": found["driver"],
-            "commit": found["commit"],
-            "versions": {name: found["versions"][name] for name in keep},
-            "command": _command(sys.argv[1:]),
-            "duration_s": round(time.monotonic() - self.begin, 1),
-            "exit_status": exitstatus,
-            "passed": total["passed"],
-            "failed": total["failed"] + total["error"],
-            "skipped": total["skipped"],
-            "xfailed": total["xfailed"],
-            "files": {name: dict(sorted(counts.items())) for name, counts in sorted(self.files.items())},
-            "failures": self.failures,
-        }
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """A process whose CUDA context is lost would fail every test that follows: it ends, and xdist starts another."""
+    result = yield
+    if item.stash.get(_FAILED, False) and hasattr(item.config, "workerinput") and not device_answers():
+        print(f"\n{item.nodeid}: the device is lost to this process", file=sys.__stderr__, flush=True)
+        os._exit(1)
+    return result
 
 
-def _command(arguments: list[str]) -> str:
-    """The command line, without the folders that a run's outputs went to."""
-    return shlex.join(["pytest", *(Path(word).name if word.startswith("/") else word for word in arguments)])
+def device_answers() -> bool:
+    """Whether the device still works here: after an illegal access every later call in the process fails."""
+    try:
+        torch.cuda.synchronize()
+        return bool(torch.ones(1, device="cuda").item() == 1.0)
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
 
 
-@pytest.fixture
-def device() -> torch.device:
-    """The CUDA device, with a fixed seed."""
-    torch.manual_seed(0)
-    return torch.device("cuda")
+Once = Callable[[str, Callable[[], str]], str]
+
+
+@pytest.fixture(scope="session")
+def once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Run something once for all processes of pytest-xdist: the first does it, the others wait and get its words."""
+    from filelock import FileLock  # torch needs it
+
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if hasattr(request.config, "workerinput") else root
+
+    def run(name: str, work: Callable[[], str]) -> str:
+        said = root / f"{name}.txt"
+        with FileLock(str(said) + ".lock"):
+            if not said.exists():
+                said.write_text(work(), encoding="utf-8")
+            return said.read_text(encoding="utf-8")
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _memory_of_the_last_test() -> Iterator[None]:
+    """What a test leaves in torch's cache is memory that the other processes on the GPU do not have."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()

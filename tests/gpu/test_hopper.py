@@ -6,9 +6,6 @@ watched: one that does not end ends the test run instead of holding the machine.
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -24,6 +21,7 @@ from torch import Tensor
 from hf_flash_plus.inputs import AttentionInputs
 from hf_flash_plus.kernels.hopper import forward_launch
 from hf_flash_plus.masks import AttentionMask
+from tests.gpu.compiling import Compilation, kind_of_mask, unless_parallel
 from tests.kernels.cases import REFERENCE, Built, Case, assert_within, build, eager, poisoned_allocations
 
 pytestmark = pytest.mark.gpu
@@ -166,29 +164,35 @@ for features in ((), ("causal",), ("packed",)):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    reason = forward_launch.available_reason()
-    if reason is not None:
-        pytest.skip(reason)
-    jobs = int(os.environ.get("HF_FLASH_PLUS_COMPILE_JOBS", "8"))
-    if jobs > 1 and "PYTEST_XDIST_WORKER" not in os.environ:
-        variants = {}
-        for case in CASES:
-            features = frozenset(case.features) - {"window", "right_window"}
-            tail = case.seqlen_k % 128 == 0, (case.seqlen_k - case.seqlen_q) % 128 == 0, case.seqlen_k <= 1024
-            variants.setdefault((features, case.head_dim, case.v_head_dim, case.dtype, tail), case)
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-            for future in [pool.submit(compile_case, case) for case in variants.values()]:
-                with contextlib.suppress(Exception):  # the test itself will fail with it
-                    future.result()
+def compilations() -> list[Compilation]:
+    """By what kernels differ in: lengths beside a tile's edge compile other ones."""
+    work = []
+    for case in CASES:
+        tail = case.seqlen_k % 128 == 0, (case.seqlen_k - case.seqlen_q) % 128 == 0, case.seqlen_k <= 1024
+        terms = "softcap" in case.features, "sinks" in case.features
+        key = (kind_of_mask(case.features), terms, case.head_dim, case.v_head_dim, case.dtype, tail)
+        work.append(Compilation(key, compile_case, (case,)))
+    return work
+
+
+def _first_calls() -> str:
+    """The first calls, in a process of their own; what went wrong, or nothing."""
     try:
         done = subprocess.run([sys.executable, "-c", _SMOKE], capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
-        pytest.exit("the first calls of the Hopper kernel do not end", returncode=3)
-    if done.returncode:
-        pytest.fail(f"the first calls of the Hopper kernel failed:\n{done.stdout}{done.stderr}")
+        return "they do not end"
+    return f"{done.stdout}{done.stderr}"[-4000:] if done.returncode else ""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(once: Callable[[str, Callable[[], str]], str]) -> None:
+    reason = forward_launch.available_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    unless_parallel(compilations())
+    wrong = once("first calls of the Hopper forward", _first_calls)
+    if wrong:
+        pytest.fail(f"the first calls of the Hopper kernel failed: {wrong}")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -324,6 +328,7 @@ def test_cuda_graph(mask: str) -> None:
         assert torch.equal(found[0], out) and torch.equal(found[1], lse)
 
 
+@pytest.mark.exclusive
 def test_offsets_beyond_32_bits() -> None:
     """The last batch element lies behind 2^31 elements."""
     q = torch.empty(23, 8192, 48, 256, device="cuda", dtype=BF16)  # 2.3e9 elements, 4.6 GB

@@ -6,20 +6,19 @@ a time limit; if it does not come back, the other tests are skipped.
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
-import multiprocessing
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from hf_flash_plus.kernels.hopper import backward_launch
+from hf_flash_plus.kernels.hopper import backward_config, backward_launch
 from hf_flash_plus.providers.base import AttentionGradients
 from hf_flash_plus.providers.triton import TritonProvider, _sinks_gradient
+from tests.gpu.compiling import Compilation, kind_of_mask, unless_parallel
 from tests.kernels.cases import Case, build, check
 
 pytestmark = pytest.mark.gpu
@@ -119,24 +118,43 @@ def _compile(case: Case, mode: str) -> None:
     warm_up(portable["forward"])
 
 
+def compilations() -> list[Compilation]:
+    """By what main kernels differ in."""
+    work = []
+    for case in CASES:
+        dim = backward_config.block_d(case.head_dim, case.v_head_dim)
+        for mode in MODES:
+            structure = (kind_of_mask(case.features), "softcap" in case.features, case.dtype)
+            work.append(Compilation((mode == "unordered", dim, *structure), _compile, (case, mode)))
+    return work
+
+
+def _first_calls(mode: str) -> str:
+    """The first calls of a mode, in a process of their own; what went wrong, or nothing."""
+    run = [sys.executable, "-c", FIRST_CALL.format(mode=mode)]
+    try:
+        done = subprocess.run(run, timeout=300, capture_output=True, text=True)
+    except subprocess.TimeoutExpired:
+        return "they hang"
+    return done.stderr[-2000:] if done.returncode else ""
+
+
 @pytest.fixture(scope="module", autouse=True)
-def started() -> None:
+def compiled() -> None:
     reason = backward_launch._device_reason(torch.device("cuda", torch.cuda.current_device()))
     if reason:
         pytest.skip(reason)
-    jobs = int(os.environ.get("HF_FLASH_PLUS_COMPILE_JOBS", "8"))
-    if jobs > 1 and "PYTEST_XDIST_WORKER" not in os.environ:
-        with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            for future in [pool.submit(_compile, case, mode) for mode in MODES for case in CASES]:
-                with contextlib.suppress(Exception):  # the test itself will fail with it
-                    future.result()
-    for mode in MODES:
-        run = [sys.executable, "-c", FIRST_CALL.format(mode=mode)]
-        try:
-            done = subprocess.run(run, timeout=300, capture_output=True, text=True)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"the first calls of mode {mode!r} hang")
-        assert done.returncode == 0, done.stderr[-2000:]
+    unless_parallel(compilations())
+
+
+@pytest.fixture(autouse=True)
+def started(request: pytest.FixtureRequest, once: Callable[[str, Callable[[], str]], str]) -> None:
+    """The first calls of a test's mode have ended; of every mode, for a test of all."""
+    spec = getattr(request.node, "callspec", None)
+    for mode in (spec.params["mode"],) if spec is not None and "mode" in spec.params else MODES:
+        wrong = once(f"first calls of the Hopper backward {mode.replace('/', ' ')}", partial(_first_calls, mode))
+        if wrong:
+            pytest.fail(f"the first calls of mode {mode!r} failed: {wrong}")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,10 +6,7 @@ after the other would take most of the time.
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
-import multiprocessing
-import os
+import random
 from dataclasses import replace
 
 import pytest
@@ -19,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import hf_flash_plus
 from hf_flash_plus.masks import AttentionMask, additive
 from hf_flash_plus.providers.triton import TritonProvider
+from tests.gpu.compiling import Compilation, unless_parallel
 from tests.kernels.cases import FEATURES, Case, build, check
 
 pytestmark = pytest.mark.gpu
@@ -70,6 +68,56 @@ LARGE = [
 ]
 CASES = list(dict.fromkeys([*SINGLE, *PAIRS, *DIMS, *WIDE, *MASKED_128, *LENGTHS, *LARGE]))
 
+#: For the names of features that a provider declares, those of the cases.
+DECLARED = {
+    "window": ("window", "left_window", "right_window"),
+    "intervals": ("packed", "documents", "left_padding", "intervals"),
+    "key_mask": ("key_mask", "holes"),
+    "bool_bias": ("bool_bias",),
+    "float_bias": ("bias", "head_bias", "key_bias"),
+    "alibi": ("alibi", "batch_alibi"),
+    "sinks": ("sinks",),
+    "row_sinks": ("row_sinks",),
+    "softcap": ("softcap",),
+    "dropout": ("dropout",),
+}
+
+
+def _drawn(number: int, seed: int = 20261130) -> list[Case]:
+    """Calls drawn from what the provider declares: dtypes, head dimensions up to its largest, heads, features."""
+    chance = random.Random(seed)
+    dtypes = sorted(PROVIDER.dtypes, key=str)
+    cases = []
+    for _ in range(number):
+        declared = chance.sample(sorted(DECLARED.keys() & PROVIDER.features), chance.randint(0, 3))
+        features = tuple(chance.choice(DECLARED[name]) for name in declared)
+        features = ("causal", *features) if chance.random() < 0.5 else features
+        multiple = PROVIDER.head_dim_multiple
+        dims = [multiple * chance.randint(1, chance.choice((64, 128, PROVIDER.max_head_dim)) // multiple) for _ in "qv"]
+        heads_k = chance.choice((1, 2, 3))
+        group = chance.choice((1, 2, 4)) if "gqa" in PROVIDER.features else 1
+        dims[1] = chance.choice(dims) if "v_head_dim" in PROVIDER.features else dims[0]
+        seqlen_q, seqlen_k = chance.randint(1, 400), chance.randint(20, 400)
+        batch = chance.randint(1, 3)
+        cases.append(Case(features, batch, seqlen_q, seqlen_k, heads_k * group, heads_k, *dims, chance.choice(dtypes)))
+    return cases
+
+
+DRAWN = _drawn(28)
+#: What every drawn call has, or what another test is for; ``packed`` calls reach these kernels as intervals.
+NOT_DRAWN = {"gqa", "v_head_dim", "lse", "grad", "bias_grad", "deterministic", "packed"}
+
+
+def test_drawing_covers_what_is_declared() -> None:
+    assert PROVIDER.features - DECLARED.keys() == NOT_DRAWN
+    assert {case.dtype for case in DRAWN} == PROVIDER.dtypes
+    assert {one for names in DECLARED.values() for one in names} <= {one for case in DRAWN for one in case.features}
+
+
+@pytest.mark.parametrize("case", DRAWN, ids=str)
+def test_calls_of_the_capability_data(case: Case) -> None:
+    check(PROVIDER, case, "cuda")
+
 
 def _compile(case: Case) -> None:
     """Compile a case's kernels into Triton's cache; runs in a worker process and launches nothing."""
@@ -82,15 +130,13 @@ def _compile(case: Case) -> None:
         warm_up(one)
 
 
+def compilations() -> list[Compilation]:
+    return [Compilation(case, _compile, (case,)) for case in (*CASES, *DRAWN)]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
-    jobs = int(os.environ.get("HF_FLASH_PLUS_COMPILE_JOBS", "8"))
-    if jobs > 1 and "PYTEST_XDIST_WORKER" not in os.environ:
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-            for future in [pool.submit(_compile, case) for case in CASES]:
-                with contextlib.suppress(Exception):  # the test itself will fail with it
-                    future.result()
+    unless_parallel(compilations())
 
 
 @pytest.fixture
@@ -134,6 +180,7 @@ def test_more_heads_than_65535() -> None:
     check(PROVIDER, Case((), 2, 3, 5, 40000, 40000, 16, 16, BF16), "cuda")
 
 
+@pytest.mark.exclusive
 def test_offsets_beyond_32_bits() -> None:
     """The last batch element lies behind 2^31 elements, of inputs and outputs."""
     q = torch.empty(23, 8192, 48, 256, device="cuda", dtype=BF16)  # 2.3e9 elements, 4.6 GB
@@ -213,6 +260,7 @@ def test_checkpoint_with_dropout() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.exclusive  # the other processes would each take memory for a context on every device
 def test_other_device_than_current() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")

@@ -179,14 +179,18 @@ def test_resume_runs_what_is_missing(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from hf_flash_plus.cli import app
+    from hf_flash_plus.coverage.pool import _lost
 
     output = tmp_path / "r.json"
     options = ["coverage", "--checks", "forward", "--processes", "1", "--output", str(output)]
     first = CliRunner().invoke(app, [*options, "--models", "llama,bloom", "--limit", "1"])
     assert first.exit_code == 0 and list(Record.load(output).by_type()) == ["bloom"]
-    second = CliRunner().invoke(app, [*options, "--models", "llama,bloom", "--resume"])
-    assert second.exit_code == 0 and "1/1 llama: exact" in second.output
-    assert sorted(Record.load(output).by_type()) == ["bloom", "llama"]
+    record = Record.load(output)
+    record.rows.append(_lost("opt", "no result after 1 seconds"))
+    record.save(output)
+    second = CliRunner().invoke(app, [*options, "--models", "llama,bloom,opt", "--resume"])
+    assert second.exit_code == 0 and "/2 llama: exact" in second.output and "/2 opt: exact" in second.output
+    assert sorted(Record.load(output).by_type()) == ["bloom", "llama", "opt"]
     other = CliRunner().invoke(app, [*options, "--models", "llama", "--resume", "--dtype", "bf16"])
     assert other.exit_code == 2 and "differ in dtype" in other.output
 
@@ -201,6 +205,10 @@ def test_page_mentions_other_records() -> None:
     page = render(base, {"coverage-x.json": other})
     assert "[`coverage-x.json`](tests/transformers/coverage-x.json)" in page and "cuda (H)" in page
     assert "- `a`: forward refused (n\\|o)" in page
+    assert "eager in bfloat16" not in page
+    half = Record({**other.header, "dtype": "bfloat16"}, [Row("a", "vision", "A", True, providers=["triton"])])
+    page = render(base, {"coverage-y.json": half})
+    assert "eager in bfloat16" in page and "`triton` in 1" in page
     assert "Other versions" not in render(base)
 
 
@@ -223,6 +231,24 @@ def test_low_precision_is_bounded_by_eager() -> None:
     row = run_row("llama", ["forward", "left", "gradients", "generate"], Settings(dtype=torch.bfloat16))
     assert row.calls and {cell.outcome for cell in row.cells.values()} == {EXACT}
     assert all(cell.eager > 1e-4 for cell in row.cells.values())
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_wrong_decoding_step_shows_in_low_precision(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step is right, and tokens chosen by wrong logits would differ: the same ones are put in."""
+    from transformers.modeling_utils import AttentionInterface
+
+    from hf_flash_plus.integration.attention import flash_plus_attention
+
+    def wrong(module, query, *args, **kwargs):  # type: ignore[no-untyped-def]
+        out, weights = flash_plus_attention(module, query, *args, **kwargs)
+        return (out * 1.5 if query.shape[2] == 1 else out), weights
+
+    if broken:
+        monkeypatch.setitem(AttentionInterface._global_mapping, "flash_plus", wrong)
+    row = run_row("llama", ["generate", "static"], Settings(dtype=torch.bfloat16))
+    expected = DIFFERENT if broken else EXACT
+    assert {name: cell.outcome for name, cell in row.cells.items()} == {"generate": expected, "static": expected}
 
 
 def test_refused_models_keep_their_attention() -> None:
@@ -332,6 +358,17 @@ def test_updated_record() -> None:
     assert [(row.model_type, row.runs) for row in new.rows] == [("a", True), ("b", True), ("c", True)]
     with pytest.raises(ValueError, match="dtype"):
         old.updated(Record({**header, "dtype": "bfloat16"}, []))
+
+
+def test_a_sweep_goes_on_with_another_gpu_of_its_kind() -> None:
+    header = {**make_header(Settings(), list(CHECKS)), "capability": "9.0"}
+    one, two, old_one = ({**header, "device": f"cuda (NVIDIA {name})"} for name in ("H100", "H200", "A100"))
+    both = Record(one, [Row("a", runs=True)]).updated(Record(two, [Row("b", runs=True)]))
+    assert both.header["device"] == "cuda (NVIDIA H100, NVIDIA H200)" and set(both.by_type()) == {"a", "b"}
+    assert both.updated(Record(two, [])).header["device"] == both.header["device"]
+    for other in ({**old_one, "capability": "8.0"}, {**header, "device": "cpu"}):
+        with pytest.raises(ValueError, match="differ in device"):
+            both.updated(Record(other, []))
 
 
 def test_losses() -> None:

@@ -1,0 +1,149 @@
+"""The provider torch_sdpa: what it must not promise on GPUs, and batches that its kernels cannot count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import hf_flash_plus as hfp
+from hf_flash_plus import AttentionMask, dispatch, use_provider
+from hf_flash_plus.inputs import AttentionInputs
+from hf_flash_plus.providers import PROVIDERS, torch_sdpa
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+    dispatch.clear_cache()
+
+
+def test_deterministic_gradients_are_promised_where_torch_was_told() -> None:
+    q = torch.randn(1, 8, 2, 16, requires_grad=True)
+    on_cpu = AttentionInputs(q, q, q, 0.25, deterministic=True).signature()
+    on_gpu = on_cpu._replace(device_type="cuda")
+    provider = PROVIDERS["torch_sdpa"]
+    assert not provider.not_supported_reasons(on_cpu)
+    assert any("any order" in reason for reason in provider.not_supported_reasons(on_gpu))
+    assert not provider.not_supported_reasons(on_gpu._replace(needs_grad=False))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert provider.not_supported_reasons(on_gpu), "it warns, and uses the others"
+    torch.use_deterministic_algorithms(True)
+    assert not provider.not_supported_reasons(on_gpu)
+
+
+def test_the_choice_follows_what_torch_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "PATHS", dict.fromkeys((True, False), ("torch_sdpa", "reference")))
+    q = torch.randn(1, 8, 2, 16, requires_grad=True)
+    signature = AttentionInputs(q, q, q, 0.25, deterministic=True).signature()._replace(device_type="cuda")
+    assert dispatch.select_provider(signature).provider.name == "reference"
+    torch.use_deterministic_algorithms(True)
+    assert dispatch.select_provider(signature).provider.name == "torch_sdpa"
+    torch.use_deterministic_algorithms(False)
+    assert dispatch.select_provider(signature).provider.name == "reference"
+
+
+ODD_ROWS = torch.tensor([[True] * 6, [False] * 6] * 3)
+EMPTY = {
+    "key mask": AttentionMask(key_mask=torch.tensor([[True] * 3 + [False] * 3, [False] * 6])),
+    "boolean": AttentionMask(bias=torch.tensor([[True] * 6, [False] * 6] * 3)[None, None]),
+    "additive": AttentionMask(
+        bias=torch.where(torch.tensor([[True] * 6, [False] * 6] * 3), 0.5, -torch.inf)[None, None]
+    ),
+    "fewer keys than queries": AttentionMask(causal=True),
+}
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 6])
+@pytest.mark.parametrize("name", EMPTY)
+def test_rows_that_see_nothing(name: str, seqlen_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where SDPA gives whatever it likes to such rows: 0, no gradients, and nothing else changes."""
+    mask = EMPTY[name]
+    if seqlen_q == 1 and mask.bias is not None:
+        mask = AttentionMask(bias=mask.bias[:, :, 1:2])
+    seqlen_k = 4 if name.startswith("fewer") and seqlen_q > 1 else 6
+    leaves = [
+        torch.randn(2, length, n, 8, requires_grad=True) for length, n in ((seqlen_q, 4), (seqlen_k, 2), (seqlen_k, 2))
+    ]
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def run() -> list[torch.Tensor]:
+        with use_provider("torch_sdpa"):
+            out = hfp.attention(*leaves, mask)
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+    def mean_instead_of_zero(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: object, **options: object):  # type: ignore[no-untyped-def]
+        out = real(q, k, v, attn_mask=attn_mask, **options)
+        nothing = torch.zeros(1) == 1
+        if isinstance(attn_mask, torch.Tensor):
+            seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+            nothing = ~seen.any(-1, keepdim=True)
+        return torch.where(nothing, 7.0 * q[..., :8], out)
+
+    expected = run()
+    assert (expected[0] == 0).flatten(2).all(-1).any() or (name in ("fewer keys than queries",) and seqlen_q == 1)
+    monkeypatch.setattr(torch_sdpa.F, "scaled_dot_product_attention", mean_instead_of_zero)
+    monkeypatch.setattr(torch_sdpa, "_zero_where_nothing_is_seen", lambda device: False)
+    for _ in range(2):  # the second time from what was remembered
+        for got, want in zip(run(), expected, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+MASKS = {
+    "causal": AttentionMask(causal=True),
+    "full": AttentionMask(),
+    "one for all": AttentionMask(bias=torch.rand(1, 1, 6, 6) > 0.3),
+    "one each": AttentionMask(bias=torch.rand(5, 4, 6, 6) > 0.3),
+}
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 6])
+@pytest.mark.parametrize("name", MASKS)
+def test_a_batch_in_parts(name: str, seqlen_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same output and gradients as at once; the last part is smaller."""
+    mask = MASKS[name]
+    if seqlen_q == 1 and mask.bias is not None:
+        mask = AttentionMask(bias=mask.bias[:, :, :1])
+    leaves = [torch.randn(5, length, heads, 8, requires_grad=True) for length, heads in ((seqlen_q, 4), (6, 2), (6, 2))]
+
+    def run() -> list[torch.Tensor]:
+        with use_provider("torch_sdpa"):
+            out = hfp.attention(*leaves, mask)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    whole = run()
+    calls = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch_sdpa, "_batch_at_a_time", lambda q: 2)
+    monkeypatch.setattr(
+        torch_sdpa.F, "scaled_dot_product_attention", lambda *a, **k: (calls.append(1), real(*a, **k))[1]
+    )
+    for got, want in zip(run(), whole, strict=True):
+        torch.testing.assert_close(got, want)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "shape, size",
+    [
+        ((70000, 1, 3, 16), 65535),
+        ((1024, 80, 3, 16), 6553),
+        ((400, 4, 10496, 128), 399),  # 4 * 10496 * 128 * 400 is beyond 2^31
+        ((1, 64, 2**20, 128), 1),  # one is the least
+        ((0, 4, 0, 64), 65535),
+    ],
+)
+def test_how_much_at_a_time(shape: tuple[int, ...], size: int) -> None:
+    q = torch.empty(shape, device="meta")
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+        def __init__(self) -> None:
+            self.shape = q.shape
+
+    assert torch_sdpa._batch_at_a_time(OnGpu()) == size  # type: ignore[arg-type]
+    assert torch_sdpa._batch_at_a_time(torch.empty(3, 1, 1, 1)) == 3

@@ -1,6 +1,6 @@
 """Whether flash_plus trains as the other attention implementations do: loss curves over several seeds.
 
-    python examples/compare_curves.py                                    # one GPU, bf16, 12 trainings at a time
+    python examples/compare_curves.py                                    # one GPU, bf16, 6 trainings at a time
     python examples/compare_curves.py --devices 0,1                      # the same over two
     python examples/compare_curves.py --models llama --seeds 0,1 --parallel 2 --steps 20 --hidden_size 64 ...
 
@@ -96,33 +96,44 @@ def draw(path: Path, cases: dict[str, dict]) -> None:
     pyplot.close(figure)
 
 
-def make_jobs(args: argparse.Namespace, extra: list[str]) -> dict[tuple[str, str, str], Job]:
-    """One process for each model, dropout and seed; it trains with all implementations, one after the other.
+def folder_of(args: argparse.Namespace, model: str, dropout: str, seed: str) -> Path:
+    """Where the trainings of a case and seed write."""
+    return args.work / f"{model}-seed{seed}" / f"dropout{dropout}"
+
+
+def make_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
+    """One process for each model and seed: it trains with all implementations, one after the other, first without
+    dropout.
 
     Each seed begins with another implementation: all at once they would compile the same kernels many times over.
     """
-    jobs = {}
-    for seed, model, dropout in itertools.product(args.seeds, args.models, args.dropouts):
+    jobs = []
+    for seed, model in itertools.product(args.seeds, args.models):
         script, settings = MODELS[model]
-        output = args.work / f"{model}-dropout{dropout}-seed{seed}"
         first = args.seeds.index(seed) % len(args.implementations)
         order = [*args.implementations[first:], *args.implementations[:first]]
-        options = ["--compare", ",".join(order), "--resume", "--seed", seed, "--dropout", dropout]
-        options += ["--max_steps", str(args.steps), "--mixed_precision", args.mixed_precision]
-        command = (script, settings, *options, "--output_dir", str(output), *extra)
-        jobs[model, dropout, seed] = Job(output.name, command, output)
+        command = ["examples/common/in_turn.py", script]
+        folders = tuple(folder_of(args, model, dropout, seed) for dropout in args.dropouts)
+        for dropout, folder in zip(args.dropouts, folders):
+            command += [] if dropout == args.dropouts[0] else ["--then"]
+            command += [settings, "--compare", ",".join(order), "--resume", "--seed", seed, "--dropout", dropout]
+            command += ["--max_steps", str(args.steps), "--mixed_precision", args.mixed_precision]
+            command += ["--output_dir", str(folder), *extra]
+        name = f"{model}-seed{seed}"
+        jobs.append(Job(name, tuple(command), args.work / name, folders))
     return jobs
 
 
-def collect(jobs: dict[tuple[str, str, str], Job], implementations: list[str]) -> dict[str, dict]:
+def collect(args: argparse.Namespace) -> dict[str, dict]:
     """The curves by case (a model and a dropout) that have been trained so far, and the verdict on each.
 
     Seeds that some implementation has not been trained with yet are left out; a job that was stopped has written
     those trainings that it finished.
     """
     cases: dict[str, dict] = {}
-    for (model, dropout, seed), job in jobs.items():
-        runs = {name: job.output / f"{name}.json" for name in implementations}
+    for model, dropout, seed in itertools.product(args.models, args.dropouts, args.seeds):
+        folder = folder_of(args, model, dropout, seed)
+        runs = {name: folder / f"{name}.json" for name in args.implementations}
         if not all(path.exists() for path in runs.values()):
             continue
         for name, path in runs.items():
@@ -148,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dropouts", type=names, default=["0", "0.1"])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--mixed_precision", default="bf16")
-    parser.add_argument("--parallel", type=int, default=12, help="trainings at a time (about 5 GB of GPU memory each)")
+    parser.add_argument("--parallel", type=int, default=6, help="trainings at a time (about 4 GB of GPU memory each)")
     parser.add_argument(
         "--devices", type=names, default=[], help="GPUs to spread them over, as 0,1; default: the first"
     )
@@ -167,11 +178,11 @@ def main(argv: list[str] | None = None) -> int:
     record = {"environment": describe(), "command": sys.argv[1:] if argv is None else argv}
 
     def save() -> dict[str, dict]:
-        cases = collect(jobs, args.implementations)
+        cases = collect(args)
         (args.output_dir / "curves.json").write_text(json.dumps({**record, "cases": cases}) + "\n")
         return cases
 
-    results = run_jobs(list(jobs.values()), args.parallel, args.budget, args.devices, ended=save)
+    results = run_jobs(jobs, args.parallel, args.budget, args.devices, ended=save)
     cases = save()
     if cases:
         draw(args.output_dir / "curves.png", cases)
@@ -184,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     missing = len(jobs) - len(results)
     if missing:
-        print(f"{missing} of {len(jobs)} trainings are missing")
+        print(f"{missing} of {len(jobs)} processes did not finish their trainings")
     return int(missing > 0 or not all(case["verdict"]["within"] for case in cases.values()))
 
 

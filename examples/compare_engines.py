@@ -4,9 +4,9 @@
     ACCELERATE_USE_CPU=true python examples/compare_engines.py --engines cpu,cpu_ddp --steps 10
 
 Trains the same LLaMA on the same rows with every configuration of ``configs/accelerate/`` that is named, the first of
-which is the reference, and writes ``engines.json``: losses, throughput, memory. The reference is trained with sdpa,
-too: what two implementations are apart is the noise that engines are measured by. Options that this script does not
-have go to ``finetune_llama.py``. Exit code 1: losses differ by more than noise, or a training failed.
+which is the reference, and writes ``engines.json`` and ``engines.png``: losses, throughput, memory. The reference is
+trained with sdpa, too: what two implementations are apart is the noise that engines are measured by. Options that this
+script does not have go to ``finetune_llama.py``. Exit code 1: losses differ by more than noise, or a training failed.
 """
 
 from __future__ import annotations
@@ -60,6 +60,27 @@ def judge(results: dict[str, dict], reference: str) -> dict:
     return {"reference": reference, "noise": noise, "tolerance": tolerance, "engines": engines}
 
 
+def draw(path: Path, found: dict) -> None:
+    """The losses of all engines over the steps, and their throughput."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}: matplotlib is not installed (pip install matplotlib); --draw makes it later")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (losses, speed) = pyplot.subplots(ncols=2, figsize=(12, 4.2))
+    for i, (name, engine) in enumerate(found["engines"].items()):
+        losses.plot(range(1, len(engine["losses"]) + 1), engine["losses"], label=name, linewidth=4 / (i + 1))
+        speed.bar(f"{name}\n{engine['processes']} process(es)", engine["tokens_per_second"])
+    losses.set(xlabel="step", ylabel="training loss")
+    losses.legend()
+    speed.set(ylabel="tokens/s, all processes together")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run with the arguments of the command line; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,7 +91,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=600, help="seconds after which what still runs is stopped")
     parser.add_argument("--output_dir", type=Path, default=Path("examples/benchmark"))
     parser.add_argument("--work", type=Path, default=Path("outputs/engines"), help="folder of the single trainings")
+    parser.add_argument("--draw", action="store_true", help="train nothing: draw the engines.json of an earlier run")
     args, extra = parser.parse_known_args(argv)
+    if args.draw:
+        draw(args.output_dir / "engines.png", json.loads((args.output_dir / "engines.json").read_text()))
+        return 0
     names = args.engines.split(",")
     jobs = [make_job(name, args, extra, reference=name == names[0]) for name in names]
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -90,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     if found is None:
         print(f"nothing to compare with: {names[0]} failed")
         return 1
+    draw(args.output_dir / "engines.png", found)
     for name, engine in found["engines"].items():
         print(
             f"{name:12} {'same' if engine['same'] else 'OTHER'} losses (at most {engine['largest_gap']:.4f} apart, "

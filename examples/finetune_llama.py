@@ -14,7 +14,9 @@ Evaluation is on held-out documents, packed, in bits per byte (comparable betwee
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +59,14 @@ class LlamaArguments:
     prompt: str = dataclasses.field(default="def __init__(self", metadata={"help": "what the sample starts with"})
     max_new_tokens: int = dataclasses.field(default=64, metadata={"help": "length of the sample; 0: none"})
     temperature: float = dataclasses.field(default=0.7, metadata={"help": "of the sample; 0: greedy"})
+
+
+@functools.lru_cache(maxsize=4)  # --compare trains several models on the same rows
+def rows_once(
+    make: Callable[..., list[dict]], documents: tuple[Document, ...], tokenizer, seq_length: int
+) -> list[dict]:
+    """``make(documents, tokenizer, seq_length)``, kept for the next call."""
+    return make(list(documents), tokenizer, seq_length)
 
 
 def pack(documents: list[Document], tokenizer, seq_length: int) -> list[dict]:
@@ -213,8 +223,8 @@ def run(accelerator, arguments: tuple) -> dict:
         "padding_free": (cut, collate_padding_free),
         "padded": (cut, lambda rows: collate_padded(rows, tokenizer.pad_token_id)),
     }[sizes.packing]
-    train_rows = rows_of(train_documents, tokenizer, sizes.seq_length)
-    eval_rows = pack(eval_documents, tokenizer, sizes.seq_length)[: sizes.max_eval_rows or None]
+    train_rows = rows_once(rows_of, tuple(train_documents), tokenizer, sizes.seq_length)
+    eval_rows = rows_once(pack, tuple(eval_documents), tokenizer, sizes.seq_length)[: sizes.max_eval_rows or None]
     if not train_rows or not eval_rows:
         raise SystemExit(f"too little text for rows of {sizes.seq_length} tokens: use a smaller --seq_length")
     model = make_model(accelerator, args, sizes, tokenizer)

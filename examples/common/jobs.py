@@ -23,26 +23,28 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Job:
-    """A command that writes ``output/result.json``."""
+    """A command that writes ``result.json`` into ``output``, or into each of the ``folders`` below it."""
 
     name: str
     command: tuple[str, ...]
     output: Path
+    folders: tuple[Path, ...] = ()
 
     def saved(self) -> dict | None:
-        """What it wrote, if the very same command has run to its end before."""
-        command, result = self.output / "command.txt", self.output / "result.json"
-        if result.exists() and command.exists() and command.read_text() == shlex.join(self.command):
-            return json.loads(result.read_text())
-        return None
+        """What it wrote (last), if the very same command has run to its end before."""
+        command = self.output / "command.txt"
+        results = [folder / "result.json" for folder in self.folders or (self.output,)]
+        same = command.exists() and command.read_text() == shlex.join(self.command)
+        return json.loads(results[-1].read_text()) if same and all(result.exists() for result in results) else None
 
     def begin(self) -> None:
         """Make its folder; what another command wrote there is removed."""
         self.output.mkdir(parents=True, exist_ok=True)
         command, text = self.output / "command.txt", shlex.join(self.command)
         same = command.exists() and command.read_text() == text
-        for old in [self.output / "result.json"] if same else self.output.glob("*.json"):
-            old.unlink(missing_ok=True)
+        for folder in self.folders or (self.output,):
+            for old in [folder / "result.json"] if same else folder.glob("*.json"):
+                old.unlink(missing_ok=True)
         command.write_text(text)
 
 

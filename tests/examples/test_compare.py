@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -62,20 +63,31 @@ def test_one_seed_that_diverges_is_not_within():
 
 @pytest.mark.slow
 def test_curves_from_end_to_end(tmp_path, capsys):
-    options = ["--models", "llama", "--seeds", "0,1", "--dropouts", "0", "--steps", "5", "--mixed_precision", "no"]
+    options = ["--models", "llama", "--seeds", "0,1", "--dropouts", "0,0.5", "--steps", "4", "--mixed_precision", "no"]
     options += ["--parallel", "2", "--output_dir", str(tmp_path / "record"), "--work", str(tmp_path / "work"), *TINY]
     assert compare_curves.main(options) == 0
     record = json.loads((tmp_path / "record/curves.json").read_text())
-    case = record["cases"]["llama, dropout 0"]
+    assert list(record["cases"]) == ["llama, dropout 0", "llama, dropout 0.5"]
+    case, other = record["cases"].values()
+    assert case["curves"]["sdpa"] != other["curves"]["sdpa"]
     assert case["verdict"]["within"] and case["providers"] == {"flash_plus": ["torch_sdpa"], "sdpa": [], "eager": []}
     assert set(case["curves"]) == {"flash_plus", "sdpa", "eager"}
     assert all(sorted(seeds) == ["0", "1"] for seeds in case["curves"].values())
     first, second = case["curves"]["flash_plus"].values()
-    assert len(first) == 5 and first != second
+    assert len(first) == 4 and first != second
     assert (tmp_path / "record/curves.png").read_bytes().startswith(b"\x89PNG")
     assert "stays within the spread" in capsys.readouterr().out
     assert compare_curves.main(options) == 0
     assert capsys.readouterr().out.count("has run before") == 2
+    (tmp_path / "work/llama-seed0/dropout0.5/eager.json").unlink()  # as where a training was stopped
+    (tmp_path / "work/llama-seed0/dropout0.5/result.json").unlink()
+    kept = (tmp_path / "work/llama-seed0/dropout0.5/sdpa.json").read_bytes()
+    assert compare_curves.main(options) == 0
+    assert capsys.readouterr().out.count("has run before") == 1
+    assert json.loads((tmp_path / "record/curves.json").read_text())["cases"] == record["cases"] | {
+        name: {**found, "seconds": mock.ANY} for name, found in record["cases"].items()
+    }
+    assert (tmp_path / "work/llama-seed0/dropout0.5/sdpa.json").read_bytes() == kept
     (tmp_path / "record/curves.png").unlink()
     assert compare_curves.main(["--draw", "--output_dir", str(tmp_path / "record")]) == 0
     assert (tmp_path / "record/curves.png").exists()
@@ -146,6 +158,14 @@ def test_engines_are_measured_by_noise():
     }
 
 
+def test_engines_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    engines = {name: {"losses": [3.0, 2.0], "tokens_per_second": 10.0, "processes": 1} for name in ("one", "two")}
+    (tmp_path / "engines.json").write_text(json.dumps({"engines": engines}))
+    assert compare_engines.main(["--draw", "--output_dir", str(tmp_path)]) == 0
+    assert (tmp_path / "engines.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_ddp_on_two_processes_trains_like_one(tmp_path, monkeypatch, capsys):
@@ -160,6 +180,7 @@ def test_ddp_on_two_processes_trains_like_one(tmp_path, monkeypatch, capsys):
     code = compare_engines.main(options)
     logs = "\n".join(path.read_text()[-3000:] for path in tmp_path.rglob("log.txt"))
     assert code == 0, capsys.readouterr().out + logs
+    assert (tmp_path / "engines.png").exists()
     engines = json.loads((tmp_path / "engines.json").read_text())["engines"]
     one, two = engines["cpu"], engines["cpu_ddp"]
     assert (one["processes"], two["processes"], two["engine"]) == (1, 2, "MULTI_CPU")

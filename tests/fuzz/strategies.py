@@ -21,6 +21,7 @@ class Limits:
         dims: head dimensions; empty is any from 1 to 40.
         structures: 0 draws structures freely. Otherwise so many are made from ``seed`` and drawn from: on a GPU each
             costs the compilation of its kernels.
+        part, parts: only every so manieth of these structures, for processes that share the work.
     """
 
     dtypes: tuple[str, ...] = ("float32", "float64", "float16", "bfloat16")
@@ -30,6 +31,8 @@ class Limits:
     batch: int = 3
     structures: int = 0
     seed: int = 0
+    part: int = 0
+    parts: int = 1
 
 
 def _pairs(draw: Any, limits: Limits) -> tuple[int, int]:
@@ -83,7 +86,8 @@ def structures(limits: Limits) -> st.SearchStrategy[Structure]:
     # The plain ones are what models use; hypothesis shrinks towards the first.
     dim = limits.dims[0]
     plain = [Structure(limits.dtypes[0], dim, dim), Structure(limits.dtypes[0], dim, dim, causal=True)]
-    return st.sampled_from(plain + [_random_structure(limits, chance) for _ in range(limits.structures)])
+    every = plain + [_random_structure(limits, chance) for _ in range(limits.structures)]
+    return st.sampled_from(every[limits.part % len(every) :: limits.parts])
 
 
 def _common(draw: Any, limits: Limits, layouts: dict[str, Any]) -> dict[str, Any]:

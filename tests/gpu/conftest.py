@@ -9,9 +9,11 @@ process, and the others with ``-m "not exclusive"`` and as many as there are cor
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -55,6 +57,29 @@ def _missing_reason() -> str | None:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"needs a CUDA device: torch {torch.__version__} is built without CUDA"
     return "needs a CUDA device: torch sees none"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Tests share the GPU's memory: one that finds none waits for the others, and is repeated once."""
+    try:
+        return (yield)
+    except torch.OutOfMemoryError:
+        if not hasattr(item.config, "workerinput") or item.get_closest_marker("exclusive"):
+            raise
+    item.user_properties.append(("repeated", "out of memory"))
+    _wait_for_memory(12.0)
+    item.runtest()
+
+
+def _wait_for_memory(gib: float, seconds: float = 60.0) -> None:
+    gc.collect()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] > gib * 2**30:
+            return
+        time.sleep(0.2)
 
 
 @pytest.hookimpl(wrapper=True)

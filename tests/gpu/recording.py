@@ -37,6 +37,7 @@ class GpuRecord:
         self.failures: dict[str, str] = {}
         self.skips: Counter[str] = Counter()
         self.random_calls: list[dict[str, Any]] = []
+        self.repeated = 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         file = report.nodeid.split("::")[0]
@@ -53,6 +54,7 @@ class GpuRecord:
         if outcome in ("skipped", "xfailed"):
             self.skips[reason(report)] += 1
         self.random_calls += [value for name, value in report.user_properties if name == "random_calls"]
+        self.repeated += any(name == "repeated" for name, _ in report.user_properties)
         if outcome in ("failed", "error") or time.monotonic() - self.saved > SAVE_EVERY:
             self.save(None)
 
@@ -82,6 +84,7 @@ class GpuRecord:
             "exit_status": exit_status,
             "duration_s": round(time.monotonic() - self.begin, 1),
             **totals(files),
+            "repeated_after_out_of_memory": self.repeated,
             "files": {name: dict(sorted(counts.items())) for name, counts in sorted(files.items())},
             "failures": self.failures,
             "skips": dict(self.skips.most_common()),
@@ -133,6 +136,7 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "exit_status": None if None in statuses else max(statuses),
         "duration_s": round(sum(record["duration_s"] for record in records), 1),
         **totals(files),
+        "repeated_after_out_of_memory": sum(record["repeated_after_out_of_memory"] for record in records),
         "files": {name: dict(sorted(counts.items())) for name, counts in sorted(files.items())},
         "failures": failures,
         "skips": dict(skips.most_common()),

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument("--workers", type=int, default=max(1, cores() - 2), help="processes")
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--fuzz-examples", type=int, default=1200, help="of each kind of call and provider")
+    parser.add_argument("--fuzz-examples", type=int, default=1000, help="of each kind of call and provider")
     words = "a record to add: of other parts, or the sanitizer's"
     parser.add_argument("--with-part", type=Path, action="append", default=[], help=words)
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for everything")
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = time.monotonic() + args.budget
     chosen = args.parts.split(",")
     os.environ["HF_FLASH_PLUS_FUZZ_EXAMPLES"] = str(args.fuzz_examples)
-    os.environ.setdefault("HF_FLASH_PLUS_FUZZ_PARTS", "3")
+    os.environ.setdefault("HF_FLASH_PLUS_FUZZ_PARTS", "5")
     codes: list[int] = []
     # Parts may run on several GPUs at once, and be put together by the last, or by a run of no part.
     added = [json.loads(path.read_text()) for path in args.with_part]

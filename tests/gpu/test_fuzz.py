@@ -3,14 +3,15 @@
 HF_FLASH_PLUS_FUZZ_EXAMPLES=2000 HF_FLASH_PLUS_FUZZ_PARTS=4 pytest tests/gpu/test_fuzz.py -n 14 --dist worksteal
 HF_FLASH_PLUS_FUZZ_SEED=... repeats a run; HF_FLASH_PLUS_FUZZ_STRUCTURES=40 compiles more kernels
 
-The examples of a kind are dealt to so many parts, with seeds of their own, and one choice of structures: parts are for
-processes, which share what they compile.
+The examples of a kind are dealt to so many parts, with seeds and structures of their own: parts are for processes, none
+of which compiles what another does.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -56,10 +57,11 @@ def test_random_calls(provider: str, kind: str, part: int, record_property: Call
     if reason:
         pytest.skip(reason)
     served: list[int] = []
+    limits = LIMITS if provider in RARE else replace(LIMITS, part=part, parts=PARTS)
 
     @seed(SEED + part)
     @fuzzing(25, RARE.get(provider, PARTS))
-    @given(call=KINDS[kind](LIMITS))
+    @given(call=KINDS[kind](limits))
     def run(call: Call) -> None:
         served.append(check(call, (provider,), "cuda"))
 

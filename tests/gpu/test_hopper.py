@@ -91,6 +91,11 @@ CASES += [
     for seqlen in (2048, 2060)
     for dim, v_dim in ((64, 64), (128, 128), (192, 128), (256, 256))
 ]
+CASES += [  # several tiles to a program, of one block and of more, some of which see nothing
+    Case(features, 6, 700, 700, 16, 4, dim, dim, BF16)
+    for features in ((), ("causal",), ("left_window",), ("packed",), ("left_padding",), ("intervals",), ("nothing",))
+    for dim in (64, 128)
+]
 CASES = list(dict.fromkeys(CASES))
 
 T = TypeVar("T")
@@ -265,6 +270,27 @@ def test_what_is_declined() -> None:
     for words, call in declined.items():
         reason = forward_launch.forward_reason(call)
         assert reason is not None and words in reason, (words, reason)
+
+
+@pytest.mark.parametrize("name", ["causal", "documents", "sinks"])
+def test_calls_seen_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call like an earlier one is launched directly, on whatever memory it comes with, with the same result."""
+    mask = _documents(2, 300) if name == "documents" else AttentionMask(causal=True)
+    first, second = (_inputs(2, 300, 4, 2, 128, mask, seed=seed) for seed in (0, 1))
+    if name == "sinks":
+        first, second = (replace(call, sinks=torch.randn(4, device="cuda"), softcap=20.0) for call in (first, second))
+    forward_launch._known.clear()
+    assert forward_launch.recall(first) is None
+    expected = [forward(call) for call in (first, second)]
+    assert len(forward_launch._known) == 1
+    for _ in range(3):
+        for call, wanted in zip((first, second), expected):
+            found = watched(lambda call=call: forward_launch.recall(call))
+            assert found is not None and all(torch.equal(a, b) for a, b in zip(found, wanted))
+    longer = _inputs(2, 301, 4, 2, 128, AttentionMask(causal=True))
+    assert forward_launch.recall(longer) is None
+    monkeypatch.setattr(forward_launch, "_counters", {})  # as on a stream that has none yet
+    assert forward_launch.recall(first) is None
 
 
 def test_streams_side_by_side() -> None:

@@ -4,5 +4,6 @@
 to which tile of query rows, ``intervals`` summarises row intervals by tile, ``forward`` is the kernel, and
 ``forward_launch`` turns one call into a launch. ``backward`` (dk and dv, in one mode dq too), ``backward_dq``,
 ``backward_prepare``, ``backward_config`` and the two ``backward_*launch`` are the same for gradients; ``launching`` is
-what all launches share. Importing this package imports no Gluon: launches do, once it was found that it is there.
+what all launches share, and ``direct`` repeats launches. Importing this package imports no Gluon: launches do, once it
+was found that it is there.
 """

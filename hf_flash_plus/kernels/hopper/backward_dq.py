@@ -335,8 +335,8 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
         mbarrier.wait(sm.dout_full.index(W), t & 1)
         begin = 0
         if C.mode != FULL:
-            if C.mode >= WINDOW:
-                begin = tile.n_end + tile.n_begin
+            if C.mode >= WINDOW:  # at least one: see backward._query_tiles for what a loop left out can do
+                begin = max(tile.n_end + tile.n_begin, 1)
             elif C.mode == CAUSAL:  # those on the diagonal
                 begin = min(tile.n_blocks, C.consumers * 64 // C.block_n)
             else:

@@ -13,7 +13,10 @@ from typing import Any
 #: INTERVALS: from a tensor.
 FULL, TAIL, CAUSAL, WINDOW, INTERVALS = range(5)
 
-#: Causal calls of up to this many keys spend so much of their time between tiles that a third buffer for Q pays.
+#: Numbers in the description of a tile of row intervals (see ``schedule``), and how many tiles are described at a time.
+CARD, RING = 16, 8
+
+#: Causal calls of up to this many keys spend so much of their time between tiles that other tiles and buffers pay.
 SHORT_CAUSAL = 1024
 
 
@@ -27,9 +30,10 @@ class Config:
         block_n: keys of a tile.
         chunks, chunk_dim: the head dimension of q and k, cut into chunks that are powers of 2.
         v_dim: the head dimension of v, a power of 2.
-        q_buffers, k_stages, v_stages: tiles of each in shared memory; ``v_stages <= k_stages``. With one Q buffer a
-            tile is finished before the next begins, with more the two overlap.
+        q_buffers, k_stages, v_stages: tiles of each in shared memory. With one Q buffer a tile is finished before the
+            next begins, with more the two overlap. ``v_stages <= k_stages``, but with ``free_k_first``.
         early_free: K is freed as soon as it was used, and the next is waited for last.
+        free_k_first: K is freed as soon as its scores are there; else together with V of the block before.
         out_step: O lies in Q's memory; the distance of two warpgroups' O in units of O.
         turns: two warpgroups start their matrix products in turn.
         mode: FULL, TAIL, CAUSAL, WINDOW or INTERVALS.
@@ -46,6 +50,7 @@ class Config:
     k_stages: int
     v_stages: int
     early_free: bool
+    free_k_first: bool
     out_step: int
     turns: bool
     mode: int
@@ -72,24 +77,29 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
     described = mode in (WINDOW, INTERVALS)
     shape: dict[str, Any]
     two: dict[str, Any] = {
-        "consumers": 2, "early_free": False, "out_step": 1, "turns": False, "consumer_registers": 232,
-        "other_registers": 40 if described else 24,
+        "consumers": 2, "early_free": False, "free_k_first": False, "out_step": 1,
+        "turns": False, "consumer_registers": 232, "other_registers": 40,
     }  # fmt: skip
     if dims == (64, 64):
         # Three warpgroups: 541 TFLOP/s against 449 with two (one H200, B4 S4096 H32, full).
         shape = {
             "consumers": 3, "block_n": 128, "chunks": 1, "chunk_dim": 64, "q_buffers": 2, "k_stages": 4, "v_stages": 4,
-            "early_free": False, "out_step": 1, "turns": False, "consumer_registers": 160, "other_registers": 32,
+            "early_free": False, "free_k_first": False, "out_step": 1, "turns": False,
+            "consumer_registers": 160, "other_registers": 32,
         }  # fmt: skip
-        if described:  # three would spill in the blocks that need masking
-            shape |= {"consumers": 2, "consumer_registers": 232, "other_registers": 40}
+        if mode == CAUSAL and short:
+            # Tiles of 192 rows do not fit lengths, and see more hidden keys (one H100, B32 S512: 250 against 211).
+            shape |= {"consumers": 2, "q_buffers": 3, "consumer_registers": 232, "other_registers": 40}
     elif dims == (128, 128):
+        # V comes a slot earlier than with three K and two V: one H100, B32 S512 full 542 against 495, B4 S4096 causal
+        # 630 against 614.
         shape = two | {
-            "block_n": 128, "chunks": 1, "chunk_dim": 128, "q_buffers": 2, "k_stages": 3, "v_stages": 2,
+            "block_n": 128, "chunks": 1, "chunk_dim": 128, "q_buffers": 2, "k_stages": 2, "v_stages": 3,
+            "free_k_first": True,
             "turns": not described,  # 0 to 2 %; costs 1 % at head dimension 64
         }  # fmt: skip
-        if mode == CAUSAL and short:  # +3 % at B32 S512; longer ones lose up to 3 %
-            shape |= {"q_buffers": 3, "k_stages": 2, "early_free": True}
+        if mode == CAUSAL and short:  # 304 against 294 at B32 S512; longer ones lose up to 3 %
+            shape |= {"q_buffers": 3, "v_stages": 2, "free_k_first": False, "early_free": True}
     elif dims == (192, 128):
         # 192 is no power of 2: three chunks of 64. Shared memory has room for one Q.
         shape = two | {

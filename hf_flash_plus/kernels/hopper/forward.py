@@ -1,8 +1,9 @@
 """The forward kernel: a persistent program on each multiprocessor, whose warps have different jobs.
 
-``_claim_and_load_qk`` (one warp) takes tiles of query rows from a counter, publishes them, loads Q and streams K;
-``_load_v`` (one warp) streams V; ``_consume`` (two or three warpgroups of 64 rows each) computes; ``_store`` (one warp)
-sends O, which consumers leave where the tile's Q lay. They meet at mbarriers in shared memory (:class:`Shared`).
+``_claim_and_load_k`` (one warp) takes tiles of query rows from a counter, publishes each on a card, and streams K;
+``_load_q`` and ``_load_v`` (one warp each) load Q and stream V; ``_consume`` (two or three warpgroups of 64 rows each)
+computes; ``_store`` (one warp) sends O, which consumers leave where the tile's Q lay. They meet at mbarriers in shared
+memory (:class:`Shared`).
 
 A consumer's slot overlaps the softmax of one block of keys with the product of the previous one's weights and V::
 
@@ -28,27 +29,42 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .primitives import LN2, LOG2E, give_turn, pack, softmax_step, take_turn, tanh, unpack
+from .primitives import (
+    LN2,
+    LOG2E,
+    finish_claim,
+    give_turn,
+    pack,
+    softmax_step,
+    start_claim,
+    take_turn,
+    tanh,
+    tanh_approx,
+    unpack,
+    write_zeros,
+)
 from .schedule import (
+    CARD,
     CAUSAL,
     FULL,
     GAPS,
     INTERVALS,
     LAST,
-    N_FIELDS,
+    N_BLOCKS,
+    RING,
     WINDOW,
     Problem,
     block_key,
-    describe,
-    fields,
     hide,
+    hide_outside,
     leading_hidden,
-    look_up,
     n_row_tiles,
     needs_hiding,
-    place,
+    publish,
     read,
     row_bounds,
+    take_card,
+    window_bounds,
     write,
 )
 
@@ -64,14 +80,16 @@ class Shared(NamedTuple):
     k: gl.tensor
     v: gl.tensor
     out: gl.tensor
-    tiles: gl.tensor  # descriptions of tiles, by Q buffer
+    tiles: gl.tensor  # cards
+    tile_full: gl.tensor  # by card; they are not waited for to be empty (see schedule.RING)
     q_empty: gl.tensor
     q_full: gl.tensor
     out_full: gl.tensor
     k_full: gl.tensor
     v_full: gl.tensor
     v_raw: gl.tensor  # a V that has to be cleaned has arrived
-    slot_done: gl.tensor  # by K stage: no warpgroup needs K(i) and V(i-1) any more
+    k_done: gl.tensor  # no warpgroup needs K(i) any more
+    slot_done: gl.tensor  # nor V(i-1); the same barriers as k_done unless K is freed first
 
 
 @gluon.jit
@@ -80,30 +98,65 @@ def _wait(barriers, n, STAGES: gl.constexpr):
     mbarrier.wait(barriers.index(n % STAGES), (n // STAGES) & 1)
 
 
+@gluon.constexpr_function
+def slots(C):
+    """The length of the ring ``slot_done``."""
+    return C.v_stages if C.free_k_first else C.k_stages
+
+
+@gluon.jit
+def _free_k(sm, count, skipped, C: gl.constexpr):
+    """K is not needed any more, ``skipped`` blocks from ``count`` on and the next one, if that is told apart."""
+    if C.free_k_first:
+        mbarrier.arrive(sm.k_done.index((count + skipped) % C.k_stages), count=1)
+        if C.mode == CAUSAL and C.consumers * 64 > C.block_n and skipped > 0:
+            mbarrier.arrive(sm.k_done.index(count % C.k_stages), count=1)
+
+
 @gluon.jit
 def _wait_tile(sm, t, W: gl.constexpr, C: gl.constexpr):
-    """Wait until the program's t-th tile is published, with its Q for warpgroup W."""
+    """Wait for the Q of the program's t-th tile for warpgroup W, and with it for the card."""
     mbarrier.wait(sm.q_full.index((t % C.q_buffers) * C.consumers + W), (t // C.q_buffers) & 1)
 
 
 @gluon.jit
-def _number(sm, t, WARPS: gl.constexpr, C: gl.constexpr):
-    """The number of the program's t-th tile, or -1 after the last."""
-    return read(sm.tiles, (t % C.q_buffers) * fields(C.mode), WARPS)
+def _card(sm, t, W: gl.constexpr, WARPS: gl.constexpr, C: gl.constexpr):
+    """The program's t-th tile, which is published."""
+    return take_card(sm.tiles, t % RING, W, WARPS, C)
 
 
 @gluon.jit
-def _await_q_buffer(sm, t, C: gl.constexpr):
-    CONSUMERS: gl.constexpr = C.consumers
-    for w in gl.static_range(CONSUMERS):
-        mbarrier.wait(sm.q_empty.index((t % C.q_buffers) * C.consumers + w), ((t // C.q_buffers) & 1) ^ 1)
+def _await_card(sm, t, C: gl.constexpr):
+    """The program's t-th tile once it is published, for one of the warps that load and store."""
+    _wait(sm.tile_full, t, RING)
+    return _card(sm, t, 0, 1, C)
 
 
 @gluon.jit
-def _claim_and_load_qk(q_desc, k_desc, counter_ptr, sm, p, C: gl.constexpr):
-    """One warp: claims tiles, publishes them with their Q, streams K."""
-    BYTES: gl.constexpr = q_desc.dtype.primitive_bitwidth // 8 * C.chunk_dim
-    CONSUMERS: gl.constexpr = C.consumers
+def _write_nothing(tile, p, C: gl.constexpr):
+    """O and log-sum-exp of a tile whose rows see no keys, written by one warp."""
+    BLOCK_M: gl.constexpr = C.consumers * 64
+    PIECES: gl.constexpr = C.v_dim // 8  # of a row, 16 bytes each
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    piece = gl.arange(0, 8 * PIECES, flat)
+    column = piece % PIECES * 8
+    for part in range(BLOCK_M // 8):
+        row = tile.first_row + part * 8 + piece // PIECES
+        at = ((tile.batch.to(gl.int64) * p.seqlen_q + row) * p.nheads + tile.head) * p.v_head_dim + column
+        write_zeros(p.out_ptr + at, (row < p.seqlen_q) & (column < p.v_head_dim))
+    value = float("-inf")
+    if C.sinks:
+        value = gl.load(p.sinks_ptr + tile.head * p.sinks_stride).to(gl.float32)
+    base = p.lse_ptr + (tile.batch * p.nheads + tile.head).to(gl.int64) * p.seqlen_q
+    for part in range(BLOCK_M // 32):
+        row = tile.first_row + part * 32 + gl.arange(0, 32, flat)
+        gl.store(base + row, gl.full([32], value, gl.float32, flat), mask=row < p.seqlen_q)
+
+
+@gluon.jit
+def _claim_and_load_k(k_desc, counter_ptr, sm, p, C: gl.constexpr):
+    """One warp: claims tiles, publishes them, streams K."""
+    BYTES: gl.constexpr = k_desc.dtype.primitive_bitwidth // 8 * C.chunk_dim
     CHUNKS: gl.constexpr = C.chunks
     total = n_row_tiles(p, C) * p.n_heads_total
     n_programs = gl.num_programs(0)
@@ -111,20 +164,15 @@ def _claim_and_load_qk(q_desc, k_desc, counter_ptr, sm, p, C: gl.constexpr):
     t = 0
     number = gl.program_id(0)
     while number < total:
-        buffer = t % C.q_buffers
-        _await_q_buffer(sm, t, C)
-        describe(number, sm.tiles, buffer, p, C)
-        # What this warp wrote itself, in all its threads.
-        tile = look_up(number, sm.tiles, buffer, p, 1, C)
-        for w in gl.static_range(CONSUMERS):
-            full = sm.q_full.index(buffer * C.consumers + w)
-            mbarrier.expect(full, 64 * BYTES * C.chunks)
-            for c in gl.static_range(CHUNKS):
-                at = (buffer * C.consumers + w) * C.chunks + c
-                row = tile.first_row + w * 64
-                tma_load(q_desc, [tile.batch, row, tile.head, c * C.chunk_dim], full, sm.q.index(at))
+        claimed = start_claim(counter_ptr)  # the answer comes while K is loaded
+        tile = publish(number, sm.tiles, t % RING, p, C)
+        if C.mode == INTERVALS and tile.n_blocks == 0:
+            _write_nothing(tile, p, C)
+        else:
+            mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+            t += 1
         for i in range(tile.n_blocks):
-            mbarrier.wait(sm.slot_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
+            mbarrier.wait(sm.k_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
             full = sm.k_full.index(count % C.k_stages)
             mbarrier.expect(full, C.block_n * BYTES * C.chunks)
             key = block_key(i, tile, C)
@@ -136,22 +184,44 @@ def _claim_and_load_qk(q_desc, k_desc, counter_ptr, sm, p, C: gl.constexpr):
                     sm.k.index(count % C.k_stages * C.chunks + c),
                 )
             count += 1
-        t += 1
-        number = gl.atomic_add(counter_ptr, 1) + n_programs
-    buffer = t % C.q_buffers
-    _await_q_buffer(sm, t, C)
-    write(sm.tiles, buffer * fields(C.mode), -1)
-    for w in gl.static_range(CONSUMERS):
-        mbarrier.arrive(sm.q_full.index(buffer * C.consumers + w), count=1)
+        number = finish_claim(claimed) + n_programs
+    write(sm.tiles, (t % RING) * CARD + N_BLOCKS, -1)
+    mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
     if C.q_buffers > 1:
         # Every slot waits for the K of the next one; this stands for the K after the last.
-        mbarrier.wait(sm.slot_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
+        mbarrier.wait(sm.k_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
         mbarrier.arrive(sm.k_full.index(count % C.k_stages), count=1)
     # The last program leaves both counters at zero for the next launch.
     done = gl.atomic_add(counter_ptr + 1, 1)
     if done == n_programs - 1:
         gl.atomic_xchg(counter_ptr, 0)
         gl.atomic_xchg(counter_ptr + 1, 0)
+
+
+@gluon.jit
+def _load_q(q_desc, sm, p, C: gl.constexpr):
+    """One warp: loads the Q of each tile, for each warpgroup as soon as the O in its place is sent."""
+    BYTES: gl.constexpr = q_desc.dtype.primitive_bitwidth // 8 * C.chunk_dim
+    CONSUMERS: gl.constexpr = C.consumers
+    CHUNKS: gl.constexpr = C.chunks
+    t = 0
+    tile = _await_card(sm, 0, C)
+    while tile.n_blocks >= 0:
+        for w in gl.static_range(CONSUMERS):
+            buffer = (t % C.q_buffers) * C.consumers + w
+            mbarrier.wait(sm.q_empty.index(buffer), ((t // C.q_buffers) & 1) ^ 1)
+            full = sm.q_full.index(buffer)
+            mbarrier.expect(full, 64 * BYTES * C.chunks)
+            for c in gl.static_range(CHUNKS):
+                row = tile.first_row + w * 64
+                tma_load(q_desc, [tile.batch, row, tile.head, c * C.chunk_dim], full, sm.q.index(buffer * C.chunks + c))
+        t += 1
+        tile = _await_card(sm, t, C)
+    # Consumers wait for a Q, then look at the card: also at the one that says there are no more.
+    for w in gl.static_range(CONSUMERS):
+        buffer = (t % C.q_buffers) * C.consumers + w
+        mbarrier.wait(sm.q_empty.index(buffer), ((t // C.q_buffers) & 1) ^ 1)
+        mbarrier.arrive(sm.q_full.index(buffer), count=1)
 
 
 @gluon.jit
@@ -199,28 +269,21 @@ def _load_v(v_desc, sm, p, C: gl.constexpr, PIECE: gl.constexpr):
     count = 0
     cleaned = 0
     t = 0
-    _wait_tile(sm, 0, 0, C)
-    number = _number(sm, 0, 1, C)
-    while number >= 0:
-        slot = t % C.q_buffers
-        tile = look_up(number, sm.tiles, slot, p, 1, C)
+    tile = _await_card(sm, 0, C)
+    while tile.n_blocks >= 0:
         if C.mode == INTERVALS:
-            last = read(sm.tiles, slot * N_FIELDS + LAST, 1)
-            gaps = read(sm.tiles, slot * N_FIELDS + GAPS, 1)
+            last = read(sm.tiles, (t % RING) * CARD + LAST, 1)
+            gaps = read(sm.tiles, (t % RING) * CARD + GAPS, 1)
         for i in range(tile.n_blocks):
             freed = count - C.v_stages + 1
             if freed >= 0:
-                _wait(sm.slot_done, freed, C.k_stages)
+                _wait(sm.slot_done, freed, slots(C))
             stage = count % C.v_stages
             full = sm.v_full.index(stage)
             key = block_key(i, tile, C)
             where = [tile.batch, key, tile.head // p.group, 0]
             if C.mode == INTERVALS:
-                hidden = (key + C.block_n > last) | ((gaps > 0) & (i < tile.n_end + tile.n_begin))
-                seen = last > 0
-                if C.sinks:  # rows that see nothing still have a total, so that their 0 * NaN would show
-                    seen = last >= 0
-                if hidden & seen:
+                if (key + C.block_n > last) | ((gaps > 0) & (i < tile.n_end + tile.n_begin)):
                     mbarrier.expect(sm.v_raw.index(0), BYTES)
                     tma_load(v_desc, where, sm.v_raw.index(0), sm.v.index(stage))
                     mbarrier.wait(sm.v_raw.index(0), cleaned & 1)
@@ -235,8 +298,7 @@ def _load_v(v_desc, sm, p, C: gl.constexpr, PIECE: gl.constexpr):
                 tma_load(v_desc, where, full, sm.v.index(stage))
             count += 1
         t += 1
-        _wait_tile(sm, t, 0, C)
-        number = _number(sm, t, 1, C)
+        tile = _await_card(sm, t, C)
 
 
 @gluon.jit
@@ -244,23 +306,20 @@ def _store(out_desc, sm, p, C: gl.constexpr):
     """One warp: sends each finished O, then frees the buffer for the next Q."""
     CONSUMERS: gl.constexpr = C.consumers
     t = 0
-    _wait_tile(sm, 0, 0, C)
-    number = _number(sm, 0, 1, C)
-    while number >= 0:
+    tile = _await_card(sm, 0, C)
+    while tile.n_blocks >= 0:
         buffer = t % C.q_buffers
-        first_row, batch, head = place(number, p, C)
         for w in gl.static_range(CONSUMERS):
             at = buffer * C.consumers + w
             mbarrier.wait(sm.out_full.index(at), (t // C.q_buffers) & 1)
-            row = first_row + w * 64
+            row = tile.first_row + w * 64
             if row < p.seqlen_q:
-                tma_store(out_desc, [batch, row, head, 0], sm.out.index(at * C.out_step))
+                tma_store(out_desc, [tile.batch, row, tile.head, 0], sm.out.index(at * C.out_step))
         tma.store_wait(0)
         for w in gl.static_range(CONSUMERS):
             mbarrier.arrive(sm.q_empty.index(buffer * C.consumers + w), count=1)
         t += 1
-        _wait_tile(sm, t, 0, C)
-        number = _number(sm, t, 1, C)
+        tile = _await_card(sm, t, C)
 
 
 @gluon.jit
@@ -288,9 +347,14 @@ def _start_values(acc, pairs, sm, count, LAYOUT: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _capped(scores, p, C: gl.constexpr):
+def _capped(scores, p, DTYPE: gl.constexpr, C: gl.constexpr):
     if C.softcap:
-        scores = tanh(scores * p.cap_factor)
+        # Three instructions of the special function unit a score (this tanh, and the weight) take longer than the
+        # products do; two do not. Not for float16, whose own rounding is finer than the approximation.
+        if DTYPE.is_bf16():
+            scores = tanh_approx(scores * p.cap_factor)
+        else:
+            scores = tanh(scores * p.cap_factor)
     return scores
 
 
@@ -314,8 +378,9 @@ def _first_total(weights, total, decay, C: gl.constexpr):
 
 
 @gluon.jit
-def _finish(acc, top, total, sm, t, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
     """O to shared memory, for the warp that stores, and the log-sum-exp to global memory."""
+    tile = _card(sm, t, W, 4, C)  # once more, instead of registers that live through the loop
     out_total = gl.convert_layout(total, LAYOUT)[:, None]
     if C.mode >= WINDOW:
         out = gl.where(out_total == 0.0, 0.0, acc * (1.0 / out_total))
@@ -334,8 +399,32 @@ def _finish(acc, top, total, sm, t, tile, p, W: gl.constexpr, LAYOUT: gl.constex
 
 
 @gluon.jit
+def _bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """The bounds of W's rows, for WINDOW and INTERVALS. Found while S is computed, for each block that may need
+    masking: carried along they cost registers in the blocks that do not."""
+    if C.mode == INTERVALS:
+        return row_bounds(tile, p, W, LAYOUT, C)
+    elif C.mode == WINDOW:
+        return window_bounds(tile, p, W, LAYOUT, C)
+    else:
+        return 0, 0
+
+
+@gluon.jit
+def _hidden(scores, step, tile, row_start, row_end, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """The scores of the block at ``step``, those of hidden keys -inf."""
+    first_key = block_key(step, tile, C)
+    if needs_hiding(first_key, tile, p, W, False, C):
+        if C.mode >= WINDOW:
+            scores = hide_outside(scores, first_key, row_start, row_end, LAYOUT, C)
+        else:
+            scores = hide(scores, first_key, tile, row_start, row_end, p, W, LAYOUT, C)
+    return scores
+
+
+@gluon.jit
 def _slots(
-    acc, pairs, top, total, sm, t, count, begin, end, tile, row_start, row_end, zeros, p,
+    acc, pairs, top, total, sm, t, count, begin, end, tile, zeros, p,
     HIDE: gl.constexpr, W: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, O_ROWS: gl.constexpr,
     C: gl.constexpr,
 ):  # fmt: skip
@@ -348,12 +437,13 @@ def _slots(
         next_scores = _start_scores(sm, t, count, zeros, W, C)
         next_acc = _start_values(acc, pairs, sm, count - 1, P_LAYOUT, C)
         give_turn(W, C)
-        scores = warpgroup_mma_wait(1, deps=[next_scores])
-        scores = _capped(scores, p, C)
         if HIDE:
-            first_key = block_key(step, tile, C)
-            if needs_hiding(first_key, tile, p, W, False, C):
-                scores = hide(scores, first_key, tile, row_start, row_end, p, W, S_LAYOUT, C)
+            row_start, row_end = _bounds(tile, p, W, gl.SliceLayout(1, S_LAYOUT), C)
+        scores = warpgroup_mma_wait(1, deps=[next_scores])
+        _free_k(sm, count, 0, C)
+        scores = _capped(scores, p, sm.v.dtype, C)
+        if HIDE:
+            scores = _hidden(scores, step, tile, row_start, row_end, p, W, S_LAYOUT, C)
         top, decay, weights = softmax_step(scores, top, p.factor, HIDE)
         total = total * decay + gl.sum(weights, 1)
         # A wait with a branch must stand here: ptxas otherwise hoists warpgroup_mma_wait over the exponentials.
@@ -363,7 +453,7 @@ def _slots(
             _wait(sm.k_full, count + 1, C.k_stages)
             _wait(sm.v_full, count, C.v_stages)
         acc = warpgroup_mma_wait(0, deps=[next_acc])
-        mbarrier.arrive(sm.slot_done.index(count % C.k_stages), count=1)
+        mbarrier.arrive(sm.slot_done.index(count % slots(C)), count=1)
         pairs = pack(weights, C.block_n, sm.v.dtype)
         acc = acc * gl.convert_layout(decay, O_ROWS)[:, None]
         count += 1
@@ -375,26 +465,26 @@ def _slots(
 
 @gluon.jit
 def _all_slots(
-    acc, pairs, top, total, sm, t, count, begin, tile, row_start, row_end, zeros, p,
+    acc, pairs, top, total, sm, t, count, begin, tile, zeros, p,
     W: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, O_ROWS: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """The blocks of a tile from ``begin`` on; those that need masking come first."""
     if C.mode >= WINDOW:
         n_hidden = tile.n_end + tile.n_begin
         acc, pairs, top, total, count = _slots(
-            acc, pairs, top, total, sm, t, count, begin, n_hidden, tile, row_start, row_end, zeros, p,
+            acc, pairs, top, total, sm, t, count, begin, n_hidden, tile, zeros, p,
             True, W, S_LAYOUT, P_LAYOUT, O_ROWS, C,
         )  # fmt: skip
         begin = max(begin, n_hidden)
     return _slots(
-        acc, pairs, top, total, sm, t, count, begin, tile.n_blocks, tile, row_start, row_end, zeros, p,
+        acc, pairs, top, total, sm, t, count, begin, tile.n_blocks, tile, zeros, p,
         False, W, S_LAYOUT, P_LAYOUT, O_ROWS, C,
     )  # fmt: skip
 
 
 @gluon.jit
-def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
-    """Four warps: 64 rows of each tile."""
+def _consume_one_by_one(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
+    """The tiles of a program with one Q buffer: each is finished before the next begins."""
     BLOCK_N: gl.constexpr = C.block_n
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.v_dim, 16])
@@ -405,144 +495,158 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
     SKIP: gl.constexpr = C.mode == CAUSAL and C.consumers * 64 > BLOCK_N
     zeros = gl.full([64, BLOCK_N], 0.0, gl.float32, S_LAYOUT)
     acc = gl.full([64, C.v_dim], 0.0, gl.float32, O_LAYOUT)
-    row_start = 0
-    row_end = 0
-    if C.mode == INTERVALS:
-        row_start = gl.full([64], 0, gl.int32, S_ROWS)
-        row_end = row_start
     count = 0
     t = 0
-    _wait_tile(sm, 0, W, C)
-    number = _number(sm, 0, 4, C)
-    if C.q_buffers == 1:
-        while number >= 0:
-            tile = look_up(number, sm.tiles, 0, p, 4, C)
-            if C.mode == INTERVALS:
-                row_start, row_end = row_bounds(tile, p, W, S_ROWS, C)
-            _wait(sm.k_full, count, C.k_stages)
-            skipped = 0
-            if SKIP:
-                skipped = leading_hidden(tile, p, W, C)
-                if skipped > 0:
-                    _wait(sm.v_full, count, C.v_stages)
-                    _wait(sm.k_full, count + 1, C.k_stages)
-            scores = _start_scores(sm, t, count + skipped, zeros, W, C)
-            top, total = _start_softmax(tile, p, S_ROWS, C)
-            scores = _capped(warpgroup_mma_wait(0, deps=[scores]), p, C)
-            if C.mode != FULL:
-                first_key = block_key(skipped, tile, C)
-                if needs_hiding(first_key, tile, p, W, True, C):
-                    scores = hide(scores, first_key, tile, row_start, row_end, p, W, S_LAYOUT, C)
-            top, decay, weights = softmax_step(scores, top, p.factor, MAY_BE_EMPTY)
-            total = _first_total(weights, total, decay, C)
-            pairs = pack(weights, BLOCK_N, sm.v.dtype)
-            mbarrier.arrive(sm.slot_done.index(count % C.k_stages), count=1)
-            if SKIP and skipped > 0:
-                mbarrier.arrive(sm.slot_done.index((count + 1) % C.k_stages), count=1)
-            acc, pairs, top, total, count = _all_slots(
-                acc, pairs, top, total, sm, t, count + skipped + 1, skipped + 1, tile, row_start, row_end, zeros, p,
-                W, S_LAYOUT, P_LAYOUT, O_ROWS, C,
-            )  # fmt: skip
-            _wait(sm.v_full, count - 1, C.v_stages)
-            acc = warpgroup_mma_wait(0, deps=[_start_values(acc, pairs, sm, count - 1, P_LAYOUT, C)])
-            _finish(acc, top, total, sm, t, tile, p, W, O_ROWS, C)
-            acc = gl.full([64, C.v_dim], 0.0, gl.float32, O_LAYOUT)
-            t += 1
-            _wait_tile(sm, t, W, C)
-            number = _number(sm, t, 4, C)
-    else:
-        # The first block of the first tile.
-        tile = look_up(number, sm.tiles, 0, p, 4, C)
-        if C.mode == INTERVALS:
-            row_start, row_end = row_bounds(tile, p, W, S_ROWS, C)
-        _wait(sm.k_full, 0, C.k_stages)
+    while tile.n_blocks >= 0:
+        row_start, row_end = _bounds(tile, p, W, S_ROWS, C)
+        _wait(sm.k_full, count, C.k_stages)
         skipped = 0
         if SKIP:
             skipped = leading_hidden(tile, p, W, C)
             if skipped > 0:
-                _wait(sm.v_full, 0, C.v_stages)
-                _wait(sm.k_full, 1, C.k_stages)
-        if C.turns and W == 0:
-            give_turn(1, C)
-        take_turn(W, C)
-        scores = _start_scores(sm, 0, skipped, zeros, W, C)
-        give_turn(W, C)
+                _wait(sm.v_full, count, C.v_stages)
+                _wait(sm.k_full, count + 1, C.k_stages)
+        scores = _start_scores(sm, t, count + skipped, zeros, W, C)
         top, total = _start_softmax(tile, p, S_ROWS, C)
-        scores = _capped(warpgroup_mma_wait(0, deps=[scores]), p, C)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        _free_k(sm, count, skipped, C)
+        scores = _capped(scores, p, sm.v.dtype, C)
         if C.mode != FULL:
-            first_key = block_key(skipped, tile, C)
-            if needs_hiding(first_key, tile, p, W, True, C):
-                scores = hide(scores, first_key, tile, row_start, row_end, p, W, S_LAYOUT, C)
+            scores = _hidden(scores, skipped, tile, row_start, row_end, p, W, S_LAYOUT, C)
         top, decay, weights = softmax_step(scores, top, p.factor, MAY_BE_EMPTY)
         total = _first_total(weights, total, decay, C)
         pairs = pack(weights, BLOCK_N, sm.v.dtype)
-        count = skipped + 1
-        _wait(sm.k_full, count, C.k_stages)
-        _wait(sm.v_full, count - 1, C.v_stages)
-        mbarrier.arrive(sm.slot_done.index(0), count=1)
+        mbarrier.arrive(sm.slot_done.index(count % slots(C)), count=1)
         if SKIP and skipped > 0:
-            mbarrier.arrive(sm.slot_done.index(1 % C.k_stages), count=1)
-        begin = count
-        more = 1
-        while more > 0:
-            acc, pairs, top, total, count = _all_slots(
-                acc, pairs, top, total, sm, t, count, begin, tile, row_start, row_end, zeros, p,
-                W, S_LAYOUT, P_LAYOUT, O_ROWS, C,
-            )  # fmt: skip
-            _wait_tile(sm, t + 1, W, C)
-            number = _number(sm, t + 1, 4, C)
-            if number >= 0:
-                # A slot for two tiles: the first S of the next, the last P V of this one, then this one's end.
-                next_tile = look_up(number, sm.tiles, (t + 1) % C.q_buffers, p, 4, C)
-                if C.mode == INTERVALS:
-                    row_start, row_end = row_bounds(next_tile, p, W, S_ROWS, C)
-                skipped = 0
-                if SKIP:
-                    skipped = leading_hidden(next_tile, p, W, C)
-                    if skipped > 0:
-                        _wait(sm.v_full, count, C.v_stages)
-                        _wait(sm.k_full, count + 1, C.k_stages)
-                take_turn(W, C)
-                next_scores = _start_scores(sm, t + 1, count + skipped, zeros, W, C)
-                next_acc = _start_values(acc, pairs, sm, count - 1, P_LAYOUT, C)
-                give_turn(W, C)
-                next_top, next_total = _start_softmax(next_tile, p, S_ROWS, C)
-                scores = _capped(warpgroup_mma_wait(1, deps=[next_scores]), p, C)
-                if C.mode != FULL:
-                    first_key = block_key(skipped, next_tile, C)
-                    if needs_hiding(first_key, next_tile, p, W, True, C):
-                        scores = hide(scores, first_key, next_tile, row_start, row_end, p, W, S_LAYOUT, C)
-                next_top, decay, weights = softmax_step(scores, next_top, p.factor, MAY_BE_EMPTY)
-                next_total = _first_total(weights, next_total, decay, C)
-                _wait_tile(sm, t + 1, W, C)  # long over; keeps warpgroup_mma_wait behind the exponentials
-                acc = warpgroup_mma_wait(0, deps=[next_acc])
-                if C.early_free:
-                    mbarrier.arrive(sm.slot_done.index(count % C.k_stages), count=1)
-                pairs = pack(weights, BLOCK_N, sm.v.dtype)
-                # Before the wait for the next K, which may need this tile's buffer.
-                _finish(acc, top, total, sm, t, tile, p, W, O_ROWS, C)
-                _wait(sm.k_full, count + skipped + 1, C.k_stages)
-                _wait(sm.v_full, count + skipped, C.v_stages)
-                if not C.early_free:
-                    mbarrier.arrive(sm.slot_done.index(count % C.k_stages), count=1)
-                if SKIP and skipped > 0:
-                    mbarrier.arrive(sm.slot_done.index((count + 1) % C.k_stages), count=1)
-                acc = gl.full([64, C.v_dim], 0.0, gl.float32, O_LAYOUT)
-                top, total, tile = next_top, next_total, next_tile
-                count += skipped + 1
-                begin = skipped + 1
-            else:
-                acc = warpgroup_mma_wait(0, deps=[_start_values(acc, pairs, sm, count - 1, P_LAYOUT, C)])
-                _finish(acc, top, total, sm, t, tile, p, W, O_ROWS, C)
-                acc = gl.full([64, C.v_dim], 0.0, gl.float32, O_LAYOUT)
-                more = 0
-            t += 1
+            mbarrier.arrive(sm.slot_done.index((count + 1) % slots(C)), count=1)
+        acc, pairs, top, total, count = _all_slots(
+            acc, pairs, top, total, sm, t, count + skipped + 1, skipped + 1, tile, zeros, p,
+            W, S_LAYOUT, P_LAYOUT, O_ROWS, C,
+        )  # fmt: skip
+        _wait(sm.v_full, count - 1, C.v_stages)
+        acc = warpgroup_mma_wait(0, deps=[_start_values(acc, pairs, sm, count - 1, P_LAYOUT, C)])
+        _finish(acc, top, total, sm, t, p, W, O_ROWS, C)
+        acc = gl.full([64, C.v_dim], 0.0, gl.float32, O_LAYOUT)
+        t += 1
+        _wait_tile(sm, t, W, C)
+        tile = _card(sm, t, W, 4, C)
+
+
+@gluon.jit
+def _consume_overlapped(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
+    """The tiles of a program with several Q buffers, at least one: the end of each overlaps the start of the next."""
+    BLOCK_N: gl.constexpr = C.block_n
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.v_dim, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    MAY_BE_EMPTY: gl.constexpr = C.mode >= WINDOW
+    SKIP: gl.constexpr = C.mode == CAUSAL and C.consumers * 64 > BLOCK_N
+    zeros = gl.full([64, BLOCK_N], 0.0, gl.float32, S_LAYOUT)
+    acc = gl.full([64, C.v_dim], 0.0, gl.float32, O_LAYOUT)
+    t = 0
+    # The first block of the first tile.
+    row_start, row_end = _bounds(tile, p, W, S_ROWS, C)
+    _wait(sm.k_full, 0, C.k_stages)
+    skipped = 0
+    if SKIP:
+        skipped = leading_hidden(tile, p, W, C)
+        if skipped > 0:
+            _wait(sm.v_full, 0, C.v_stages)
+            _wait(sm.k_full, 1, C.k_stages)
+    if C.turns and W == 0:
+        give_turn(1, C)
+    take_turn(W, C)
+    scores = _start_scores(sm, 0, skipped, zeros, W, C)
+    give_turn(W, C)
+    top, total = _start_softmax(tile, p, S_ROWS, C)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    _free_k(sm, 0, skipped, C)
+    scores = _capped(scores, p, sm.v.dtype, C)
+    if C.mode != FULL:
+        scores = _hidden(scores, skipped, tile, row_start, row_end, p, W, S_LAYOUT, C)
+    top, decay, weights = softmax_step(scores, top, p.factor, MAY_BE_EMPTY)
+    total = _first_total(weights, total, decay, C)
+    pairs = pack(weights, BLOCK_N, sm.v.dtype)
+    count = skipped + 1
+    _wait(sm.k_full, count, C.k_stages)
+    _wait(sm.v_full, count - 1, C.v_stages)
+    mbarrier.arrive(sm.slot_done.index(0), count=1)
+    if SKIP and skipped > 0:
+        mbarrier.arrive(sm.slot_done.index(1 % slots(C)), count=1)
+    begin = count
+    more = 1
+    while more > 0:
+        acc, pairs, top, total, count = _all_slots(
+            acc, pairs, top, total, sm, t, count, begin, tile, zeros, p,
+            W, S_LAYOUT, P_LAYOUT, O_ROWS, C,
+        )  # fmt: skip
+        _wait_tile(sm, t + 1, W, C)
+        next_tile = _card(sm, t + 1, W, 4, C)
+        if next_tile.n_blocks >= 0:
+            # A slot for two tiles: the first S of the next, the last P V of this one, then this one's end.
+            row_start, row_end = _bounds(next_tile, p, W, S_ROWS, C)
+            skipped = 0
+            if SKIP:
+                skipped = leading_hidden(next_tile, p, W, C)
+                if skipped > 0:
+                    _wait(sm.v_full, count, C.v_stages)
+                    _wait(sm.k_full, count + 1, C.k_stages)
+            take_turn(W, C)
+            next_scores = _start_scores(sm, t + 1, count + skipped, zeros, W, C)
+            next_acc = _start_values(acc, pairs, sm, count - 1, P_LAYOUT, C)
+            give_turn(W, C)
+            next_top, next_total = _start_softmax(next_tile, p, S_ROWS, C)
+            scores = warpgroup_mma_wait(1, deps=[next_scores])
+            _free_k(sm, count, skipped, C)
+            scores = _capped(scores, p, sm.v.dtype, C)
+            if C.mode != FULL:
+                scores = _hidden(scores, skipped, next_tile, row_start, row_end, p, W, S_LAYOUT, C)
+            next_top, decay, weights = softmax_step(scores, next_top, p.factor, MAY_BE_EMPTY)
+            next_total = _first_total(weights, next_total, decay, C)
+            _wait_tile(sm, t + 1, W, C)  # long over; keeps warpgroup_mma_wait behind the exponentials
+            acc = warpgroup_mma_wait(0, deps=[next_acc])
+            if C.early_free:
+                mbarrier.arrive(sm.slot_done.index(count % slots(C)), count=1)
+            pairs = pack(weights, BLOCK_N, sm.v.dtype)
+            _finish(acc, top, total, sm, t, p, W, O_ROWS, C)
+            _wait(sm.k_full, count + skipped + 1, C.k_stages)
+            _wait(sm.v_full, count + skipped, C.v_stages)
+            if not C.early_free:
+                mbarrier.arrive(sm.slot_done.index(count % slots(C)), count=1)
+            if SKIP and skipped > 0:
+                mbarrier.arrive(sm.slot_done.index((count + 1) % slots(C)), count=1)
+            acc = gl.full([64, C.v_dim], 0.0, gl.float32, O_LAYOUT)
+            count += skipped + 1
+            begin = skipped + 1
+            top, total, tile = next_top, next_total, next_tile
+        else:
+            acc = warpgroup_mma_wait(0, deps=[_start_values(acc, pairs, sm, count - 1, P_LAYOUT, C)])
+            _finish(acc, top, total, sm, t, p, W, O_ROWS, C)
+            acc = gl.full([64, C.v_dim], 0.0, gl.float32, O_LAYOUT)
+            more = 0
+        t += 1
+
+
+@gluon.jit
+def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
+    """Four warps: 64 rows of each tile."""
+    _wait_tile(sm, 0, W, C)
+    tile = _card(sm, 0, W, 4, C)
+    if C.q_buffers == 1:
+        _consume_one_by_one(tile, sm, p, W, C)
+    elif C.mode == INTERVALS:
+        if tile.n_blocks >= 0:  # else all tiles of this program see nothing
+            _consume_overlapped(tile, sm, p, W, C)
+    else:
+        _consume_overlapped(tile, sm, p, W, C)
 
 
 #: Nothing may be compiled anew for another length, stride or address.
 RUNTIME = (
-    "lse_ptr", "counter_ptr", "bounds_ptr", "summary_ptr", "sinks_ptr", "seqlen_q", "seqlen_k", "nheads", "group",
-    "n_heads_total", "section", "window_left", "window_right", "intervals_batch", "sinks_stride",
+    "out_ptr", "lse_ptr", "counter_ptr", "bounds_ptr", "summary_ptr", "sinks_ptr", "seqlen_q", "seqlen_k", "nheads",
+    "group", "n_heads_total", "section", "window_left", "window_right", "intervals_batch", "sinks_stride",
 )  # fmt: skip
 
 
@@ -552,6 +656,7 @@ def attention_forward(
     k_desc,
     v_desc,
     out_desc,
+    out_ptr,
     lse_ptr,
     counter_ptr,
     bounds_ptr,
@@ -575,7 +680,8 @@ def attention_forward(
     """``out = softmax(scores) v`` and its log-sum-exp.
 
     Descriptors are of (batch, seqlen, heads, head_dim) tensors, so that rows beyond a batch element's length read as
-    zero and are not written. ``PIECE`` is the layout of 8 rows by 64 columns in shared memory.
+    zero and are not written. ``out_ptr`` is the contiguous out again, for row intervals. ``PIECE`` is the layout of 8
+    rows by 64 columns in shared memory.
     """
     DTYPE: gl.constexpr = q_desc.dtype
     NW: gl.constexpr = C.consumers
@@ -590,42 +696,55 @@ def attention_forward(
     if C.chunks > 1:
         n_out: gl.constexpr = QB * NW * C.chunks * C.chunk_dim // C.v_dim
         out = q._reinterpret(DTYPE, [n_out, 1, 64, 1, C.v_dim], out_desc.layout)
-    tiles = gl.allocate_shared_memory(gl.int32, [QB * fields(C.mode), 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    CARDS: gl.constexpr = RING
+    tiles = gl.allocate_shared_memory(gl.int32, [CARDS * CARD, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tile_full = gl.allocate_shared_memory(gl.int64, [CARDS, 1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [QB * NW, 1], barrier)
     q_full = gl.allocate_shared_memory(gl.int64, [QB * NW, 1], barrier)
     out_full = gl.allocate_shared_memory(gl.int64, [QB * NW, 1], barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [C.k_stages, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [C.v_stages, 1], barrier)
     v_raw = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
-    slot_done = gl.allocate_shared_memory(gl.int64, [C.k_stages, 1], barrier)
+    SLOTS: gl.constexpr = slots(C)
+    slot_done = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    k_done = slot_done
+    if C.free_k_first:
+        k_done = gl.allocate_shared_memory(gl.int64, [C.k_stages, 1], barrier)
+        for i in gl.static_range(KST):
+            mbarrier.init(k_done.index(i), count=NW)
+    for i in gl.static_range(CARDS):
+        mbarrier.init(tile_full.index(i), count=1)
     for i in gl.static_range(QB * NW):
         mbarrier.init(q_empty.index(i), count=1)
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(out_full.index(i), count=1)
     for i in gl.static_range(KST):
         mbarrier.init(k_full.index(i), count=1)
+    for i in gl.static_range(SLOTS):
         mbarrier.init(slot_done.index(i), count=NW)
     for i in gl.static_range(VST):
         mbarrier.init(v_full.index(i), count=1)
     mbarrier.init(v_raw.index(0), count=1)
     fence_async_shared()
 
-    sm = Shared(q, k, v, out, tiles, q_empty, q_full, out_full, k_full, v_full, v_raw, slot_done)
+    sm = Shared(q, k, v, out, tiles, tile_full, q_empty, q_full, out_full, k_full, v_full, v_raw, k_done, slot_done)
     p = Problem(
         seqlen_q, seqlen_k, seqlen_k - seqlen_q, nheads, group, n_heads_total, section, window_left, window_right,
-        bounds_ptr, summary_ptr, intervals_batch, sinks_ptr, sinks_stride, lse_ptr, factor, cap_factor,
+        bounds_ptr, summary_ptr, intervals_batch, sinks_ptr, sinks_stride, out_ptr, out_desc.shape[3], lse_ptr, factor,
+        cap_factor,
     )  # fmt: skip
     if NW == 2:
         gl.warp_specialize(
             [
                 (_consume, (sm, p, 0, C)),
                 (_consume, (sm, p, 1, C)),
-                (_claim_and_load_qk, (q_desc, k_desc, counter_ptr, sm, p, C)),
+                (_claim_and_load_k, (k_desc, counter_ptr, sm, p, C)),
+                (_load_q, (q_desc, sm, p, C)),
                 (_load_v, (v_desc, sm, p, C, PIECE)),
                 (_store, (out_desc, sm, p, C)),
             ],
-            [4, 1, 1, 1],
-            [C.consumer_registers, C.other_registers, C.other_registers, C.other_registers],
+            [4, 1, 1, 1, 1],
+            [C.consumer_registers, C.other_registers, C.other_registers, C.other_registers, C.other_registers],
         )
     else:
         gl.warp_specialize(
@@ -633,10 +752,18 @@ def attention_forward(
                 (_consume, (sm, p, 0, C)),
                 (_consume, (sm, p, 1, C)),
                 (_consume, (sm, p, 2, C)),
-                (_claim_and_load_qk, (q_desc, k_desc, counter_ptr, sm, p, C)),
+                (_claim_and_load_k, (k_desc, counter_ptr, sm, p, C)),
+                (_load_q, (q_desc, sm, p, C)),
                 (_load_v, (v_desc, sm, p, C, PIECE)),
                 (_store, (out_desc, sm, p, C)),
             ],
-            [4, 4, 1, 1, 1],
-            [C.consumer_registers, C.consumer_registers, C.other_registers, C.other_registers, C.other_registers],
+            [4, 4, 1, 1, 1, 1],
+            [
+                C.consumer_registers,
+                C.consumer_registers,
+                C.other_registers,
+                C.other_registers,
+                C.other_registers,
+                C.other_registers,
+            ],
         )

@@ -1,14 +1,15 @@
 """From one call to a launch of the Hopper forward kernel.
 
-What depends on the structure of a call only is computed once (:class:`_Plan`). Each call then makes four tensor
-descriptors, allocates its outputs and launches.
+What depends on the structure of a call only is computed once (:class:`_Plan`). A call then makes four tensor
+descriptors, allocates its outputs and launches. Later calls that differ from it in their addresses only do less
+(:func:`recall`).
 """
 
 from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,20 @@ from . import config
 from .config import CAUSAL, FULL, INTERVALS, SHORT_CAUSAL, TAIL, WINDOW, Config
 from .launching import Launch, Plan, descriptor, layout_reason
 
+if TYPE_CHECKING:
+    from .direct import Direct
+
 #: Versions of Triton whose Gluon these kernels were tested with. Gluon is experimental: 3.9 compiles the plain variants
 #: (with more spills), and not those for row intervals.
 TRITON_VERSIONS = ((3, 6),)
 
 #: Keys and values of the heads in flight should stay in the L2 cache together.
 L2_BUDGET = 32 * 2**20
+
+#: Keys and values in flight in the forward: of so many heads that their long and their short tiles mix, and some find
+#: their keys in the cache while others wait for memory. (512 causal tokens, head dimension 128, one H100: 261 TFLOP/s
+#: with 32 MiB, 303 with 16, 289 with 4.)
+IN_FLIGHT = 16 * 2**20
 
 #: Compiler options. Fusion is the default of Triton up to 3.9; the scale belongs into the exponent's multiply-add.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -109,6 +118,7 @@ class _Plan(Plan):
 
     Attributes:
         config: what the kernel is compiled for.
+        directs: for direct launches of what was compiled, by the same keys.
         blocks, layouts: of the descriptors of q, k, v and out.
     """
 
@@ -126,6 +136,7 @@ class _Plan(Plan):
             [1, c.block_n, 1, c.v_dim],
             [1, 64, 1, c.v_dim],
         )
+        self.directs: dict[tuple[Any, ...], Direct | None] = {}
         self.layouts = tuple(gl.NVMMASharedLayout.get_default_for(block, gl_dtype) for block in self.blocks)
         piece = gl.NVMMASharedLayout.get_default_for([8, 64], gl_dtype)
         super().__init__(attention_forward, {"C": chosen, "PIECE": piece, **OPTIONS})
@@ -179,7 +190,7 @@ def _counter(device: torch.device) -> Tensor:
         return torch.empty(2, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(2, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     counter = _counters.get(key)
     if counter is None:
         counter = _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
@@ -195,7 +206,7 @@ class SummaryLaunch:
         seqlen_q, seqlen_k = inputs.query.shape[1], inputs.key.shape[1]
         batch = intervals.shape[0]
         tiles = -(-seqlen_q // block_m)
-        memory = torch.empty(batch * tiles * (2 * block_m + 8), dtype=torch.int32, device=intervals.device)
+        memory = torch.empty(batch * tiles * (2 * block_m + config.CARD), dtype=torch.int32, device=intervals.device)
         split = batch * tiles * 2 * block_m
         self.bounds, self.summary = memory[:split], memory[split:]
         self.grid = (tiles, batch, 1)
@@ -203,15 +214,24 @@ class SummaryLaunch:
         self.arguments = (intervals, self.bounds, self.summary, *strides, seqlen_q, seqlen_k, *window)
         self.options = {"ROWS": block_m, "BLOCK_M": 1 << (block_m - 1).bit_length(), "BLOCK_N": block_n}
 
-    def run(self) -> None:
+    def run(self) -> Any:
+        """Launch, and return what was compiled."""
         from .intervals import summarize_intervals
 
-        summarize_intervals[self.grid](*self.arguments, **self.options, **OPTIONS)
+        return summarize_intervals[self.grid](*self.arguments, **self.options, **OPTIONS)
 
     def warm_up(self) -> Any:
         from .intervals import summarize_intervals
 
         return summarize_intervals.warmup(*self.arguments, **self.options, grid=self.grid, **OPTIONS)
+
+
+def _section(n_heads: int, bytes_of_keys: int) -> int:
+    """How many key heads are in flight together: a number that leaves no small section for the end, whose long tiles
+    would begin when the other programs are about to finish."""
+    fitting = min(max(1, IN_FLIGHT // bytes_of_keys), n_heads)
+    sizes = range(max(1, fitting * 3 // 4), min(fitting * 5 // 4, n_heads) + 1)
+    return min(sizes, key=lambda size: (-n_heads % size, abs(size - fitting)))
 
 
 def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryLaunch | None, Launch]:
@@ -231,19 +251,21 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
     if mode == INTERVALS:
         summary = SummaryLaunch(inputs, window, plan.block_m, plan.config.block_n)
         bounds, tiles = summary.bounds, summary.summary
-    n_heads = batch * nheads
-    # Heads in flight together: those of the key heads whose keys and values fit the cache.
-    per_head = seqlen_k * (head_dim + v_head_dim) * q.itemsize
-    section = min(max(1, L2_BUDGET // per_head) * (nheads // nheads_k), n_heads)
+    n_heads, n_tiles = batch * nheads, -(-seqlen_q // plan.block_m)
+    section = _section(batch * nheads_k, seqlen_k * (head_dim + v_head_dim) * q.itemsize) * (nheads // nheads_k)
     factor, cap_factor = (scale * _LOG2E, 0.0)
     if softcap > 0.0:
-        factor, cap_factor = softcap * _LOG2E, 2.0 * _LOG2E * scale / softcap
+        # What the kernel's tanh wants: see forward._capped.
+        factor, cap_factor = softcap * _LOG2E, scale / softcap
+        if q.dtype != torch.bfloat16:
+            cap_factor *= 2.0 * _LOG2E
     blocks, layouts = plan.blocks, plan.layouts
     arguments = (
         descriptor(q, blocks[0], layouts[0]),
         descriptor(k, blocks[1], layouts[1]),
         descriptor(v, blocks[2], layouts[2]),
         descriptor(out, blocks[3], layouts[3]),
+        None if summary is None else out,
         lse,
         _counter(q.device),
         bounds,
@@ -261,7 +283,7 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
         factor,
         cap_factor,
     )
-    n_programs = min(_n_programs(q.device.index), n_heads * -(-seqlen_q // plan.block_m))
+    n_programs = min(_n_programs(q.device.index), n_heads * n_tiles)
     key = (q.device.index, None if sinks is None else sinks.dtype)
     return summary, Launch(plan, n_programs, arguments, key)
 
@@ -276,7 +298,132 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     out = torch.empty((batch, seqlen_q, nheads, inputs.value.shape[3]), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32, device=q.device)
     summary, launch = prepare(inputs, out, lse)
-    if summary is not None:
-        summary.run()
+    compiled = None if summary is None else summary.run()
     launch.run()
+    _remember(inputs, out, summary, compiled, launch)
     return out, lse
+
+
+class _Known:
+    """All of a call's launches but the addresses, for later calls that differ in nothing else."""
+
+    def __init__(self, out: Tensor, summary: SummaryLaunch | None, summarize: Direct | None, launch: Launch,
+                 main: Direct) -> None:  # fmt: skip
+        self.out_shape, self.out_dtype, self.device = out.shape, out.dtype, out.device.index
+        batch, seqlen_q, nheads, _ = out.shape
+        self.lse_shape = (batch, nheads, seqlen_q)
+        self.grid = (launch.n_programs, 1, 1)
+        self.main = main
+        # The descriptors of q, k, v and out are followed by six pointers.
+        self.encoders = tuple(
+            (encode, tuple(described.shape), tuple(described.strides))
+            for encode, described in zip(main.descriptors, launch.arguments)
+        )
+        self.numbers = (*launch.arguments[10:], *(None for _ in launch.plan.constexprs))
+        self.summary = None
+        if summary is not None and summarize is not None:
+            memory = summary.bounds.numel() + summary.summary.numel()
+            numbers = (*summary.arguments[3:], *(None for _ in summary.options))
+            self.summary = summarize, memory, 4 * summary.bounds.numel(), summary.grid, numbers
+
+    def launch(self, inputs: AttentionInputs, stream: int, counter: int) -> tuple[Tensor, Tensor]:
+        q, mask, sinks = inputs.query, inputs.mask, inputs.sinks
+        out, lse = q.new_empty(self.out_shape), q.new_empty(self.lse_shape, dtype=torch.float32)
+        out_address = out.data_ptr()
+        bounds = tiles = memory = None
+        if self.summary is not None:
+            summarize, size, split, grid, numbers = self.summary
+            assert mask.row_intervals is not None
+            memory = q.new_empty(size, dtype=torch.int32)
+            bounds = memory.data_ptr()
+            tiles = bounds + split
+            summarize(grid, stream, mask.row_intervals.data_ptr(), bounds, tiles, *numbers)
+        addresses = (q.data_ptr(), inputs.key.data_ptr(), inputs.value.data_ptr(), out_address)
+        described: list[Any] = []
+        for (encode, shape, strides), address in zip(self.encoders, addresses):
+            described += encode(address, shape, strides)
+        self.main(
+            self.grid, stream, *described, None if memory is None else out_address, lse.data_ptr(), counter, bounds,
+            tiles, None if sinks is None else sinks.data_ptr(), *self.numbers,
+        )  # fmt: skip
+        return out, lse
+
+
+_known: dict[tuple[Any, ...], _Known] = {}
+_MOST_KNOWN = 1024
+
+
+def _likeness(inputs: AttentionInputs) -> tuple[Any, ...]:
+    """All that launches depend on, but addresses, of a call that ``forward_reason`` has nothing against.
+
+    Strides are in it as they came, so that what a descriptor makes of odd ones in dimensions of size 1 is the same too.
+    """
+    q, k, v, mask, sinks = inputs.query, inputs.key, inputs.value, inputs.mask, inputs.sinks
+    intervals = mask.row_intervals
+    return (
+        q.shape,
+        q.stride(),
+        k.shape,
+        k.stride(),
+        v.shape,
+        v.stride(),
+        q.dtype,
+        q.device,
+        mask.causal,
+        mask.window,
+        inputs.softmax_scale,
+        inputs.softcap,
+        None if intervals is None else (intervals.shape, intervals.stride()),
+        None if sinks is None else (sinks.stride(), sinks.dtype),
+    )
+
+
+def _remember(
+    inputs: AttentionInputs, out: Tensor, summary: SummaryLaunch | None, compiled: Any, launch: Launch
+) -> None:
+    from .direct import direct
+
+    plan = launch.plan
+    assert isinstance(plan, _Plan)
+    if launch.key not in plan.directs:
+        plan.directs[launch.key] = direct(plan.compiled[launch.key])
+    main = plan.directs[launch.key]
+    summarize = None if summary is None else direct(compiled)
+    if main is None or (summary is not None and summarize is None):
+        return
+    if len(_known) >= _MOST_KNOWN:
+        _known.clear()
+    _known[_likeness(inputs)] = _Known(out, summary, summarize, launch, main)
+
+
+def recall(inputs: AttentionInputs) -> tuple[Tensor, Tensor] | None:
+    """:func:`forward` of a call like one that was computed before, with a third of the work of the host.
+
+    None: there was none, or this one needs the ordinary way. What may differ from the earlier call, and its guard:
+
+    - addresses: q, k and v must be aligned as descriptors want, which is asked here; for row intervals, sinks, out and
+      lse neither kernel is compiled for an alignment (``RUNTIME`` of both).
+    - the device, the stream, the thread (autograd has its own): all three are asked for here. A stream that has no
+      counter yet, and one that is being captured, get an ordinary launch. Two threads on one stream share its counter
+      as two launches of one thread do: one runs after the other.
+    - ``torch.inference_mode`` and gradients: outputs are made by ``new_empty``, and nothing here is differentiated.
+    """
+    mask = inputs.mask
+    if (
+        not _known
+        or mask.bias is not None
+        or mask.key_mask is not None
+        or inputs.alibi_slopes is not None
+        or inputs.dropout_p > 0.0
+    ):
+        return None
+    found = _known.get(_likeness(inputs))
+    if found is None or (inputs.query.data_ptr() | inputs.key.data_ptr() | inputs.value.data_ptr()) & 15:
+        return None
+    from .direct import hooked
+
+    if found.device != torch.cuda.current_device() or torch.cuda.is_current_stream_capturing() or hooked():
+        return None
+    stream = torch._C._cuda_getCurrentRawStream(found.device)
+    counter = _counters.get((found.device, stream))
+    return None if counter is None else found.launch(inputs, stream, counter.data_ptr())

@@ -5,7 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..primitives import row_bounds, tile_bounds
+from ..primitives import NO_KEY, row_bounds, tile_bounds
+from . import config
+
+CARD = tl.constexpr(config.CARD)
 
 RUNTIME = (
     "intervals_ptr", "bounds_ptr", "summary_ptr", "stride_b", "stride_s", "stride_c", "seqlen_q", "seqlen_k",
@@ -32,7 +35,8 @@ def summarize_intervals(
     """One program per (tile of ROWS rows, batch element). BLOCK_M is ROWS rounded up to a power of 2.
 
     Bounds are the intervals met with the window and clamped to the keys there are; rows beyond ``seqlen_q`` are empty.
-    A window without a side is wider than both lengths. The summary's fields are named in ``schedule``.
+    A window without a side is wider than both lengths. The summary's fields are named in ``schedule``; the last ones
+    are, by 64 rows, the keys that all of these see (none where a row sees nothing).
     """
     row_tile, batch = tl.program_id(0), tl.program_id(1)
     n_tiles = tl.num_programs(0)
@@ -76,10 +80,14 @@ def summarize_intervals(
     n_runs = tl.sum((seen & (seen_before == 0)).to(tl.int32), axis=0)
     gaps = (tl.max(apart.to(tl.int32), axis=0) > 0) | (n_runs > 1)
 
-    summary = summary_ptr + (batch * n_tiles + row_tile) * 8
+    summary = summary_ptr + (batch * n_tiles + row_tile) * CARD
     tl.store(summary + 1, n_blocks)
     tl.store(summary + 2, n_blocks - n_begin - n_full)
     tl.store(summary + 3, n_begin)
     tl.store(summary + 4, first)
     tl.store(summary + 5, last)
     tl.store(summary + 6, gaps.to(tl.int32))
+    for group in tl.static_range(ROWS // 64):
+        here = inside & (local // 64 == group)
+        tl.store(summary + 10 + 2 * group, tl.max(tl.where(here, tl.where(seen, start, NO_KEY), 0), axis=0))
+        tl.store(summary + 11 + 2 * group, tl.min(tl.where(here, tl.where(seen, end, 0), NO_KEY), axis=0))

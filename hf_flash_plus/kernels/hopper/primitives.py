@@ -1,4 +1,5 @@
-"""Arithmetic on the tiles that one consumer warpgroup holds: 64 rows by BLOCK_N keys of scores, in registers."""
+"""Arithmetic on the tiles that one consumer warpgroup holds, 64 rows by BLOCK_N keys of scores, in registers; and what
+warps agree with by other means than mbarriers: turns, and the counter of tiles."""
 
 from __future__ import annotations
 
@@ -35,6 +36,15 @@ def unpack(pairs, BLOCK_N: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constex
 
 
 @gluon.jit
+def opaque(x):
+    """``x``, an int32, of which the compiler does not know where it comes from.
+
+    Knowing it, ptxas computes masks ahead, before the branch that asks whether they are needed, and spills them.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def tanh(x2):
     """``tanh(x)`` of ``x2 = 2 * log2(e) * x``, to an absolute error of 1e-7."""
     denominator = 1.0 + gl.exp2(x2)
@@ -42,6 +52,12 @@ def tanh(x2):
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=gl.float32, is_pure=True, pack=1
     )
     return 1.0 - 2.0 * inverse
+
+
+@gluon.jit
+def tanh_approx(x):
+    """``tanh(x)`` in one instruction, to a relative error of 2^-11."""
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -78,3 +94,41 @@ def give_turn(W: gl.constexpr, C: gl.constexpr):
     if C.turns:
         asm: gl.constexpr = _turn_asm("arrive", 9 - W)
         gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+_CLAIM = gl.constexpr("""{
+    .reg .pred first;
+    .reg .u32 lane;
+    mov.u32 lane, %laneid;
+    setp.eq.u32 first, lane, 0;
+    mov.u32 $0, 0;
+    @first atom.global.add.u32 $0, [$1], 1;
+}""")
+
+
+@gluon.jit
+def start_claim(counter_ptr):
+    """Ask for the next number of a counter, in a warp of its own. ``gl.atomic_add`` would wait for the answer."""
+    return gl.inline_asm_elementwise(_CLAIM, "=r,l", [counter_ptr], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def finish_claim(claimed):
+    """The number, in all threads of the warp."""
+    asm: gl.constexpr = "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;"
+    return gl.inline_asm_elementwise(asm, "=r,r", [claimed], dtype=gl.int32, is_pure=False, pack=1)
+
+
+_ZEROS = gl.constexpr("""{
+    .reg .pred wanted;
+    setp.ne.s32 wanted, $2, 0;
+    mov.u32 $0, 0;
+    @wanted st.global.v4.u32 [$1], {$0, $0, $0, $0};
+}""")
+
+
+@gluon.jit
+def write_zeros(pointers, wanted):
+    """16 bytes of zeros at each of the pointers, which are multiples of 16. (Of a pointer that kernels are not compiled
+    for, ``gl.store`` does not know that.)"""
+    gl.inline_asm_elementwise(_ZEROS, "=r,l,r", [pointers, wanted.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1)

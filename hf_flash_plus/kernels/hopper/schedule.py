@@ -2,7 +2,7 @@
 
 The keys of a tile are cut into blocks of BLOCK_N. FULL, TAIL and CAUSAL compute everything from the tile's number.
 WINDOW and INTERVALS need more: the warp that claims a tile describes it in shared memory (the fields below), the
-others read that.
+others read that. The forward kernel publishes all of every tile so, on a card: divisions cost a tile of few blocks.
 Blocks that need masking come first: those at the end of the tile's keys, downwards, then those at the beginning,
 upwards; then the blocks that all rows see, downwards. The online softmax does not mind.
 """
@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import config
+from .primitives import opaque
 
 FULL = gl.constexpr(config.FULL)
 TAIL = gl.constexpr(config.TAIL)
@@ -26,6 +27,14 @@ INTERVALS = gl.constexpr(config.INTERVALS)
 #: masked at the beginning), its first key, the end of its keys, and whether there are keys between that no row sees.
 N_FIELDS = gl.constexpr(8)
 TILE, N_BLOCKS, N_END, N_BEGIN, FIRST, LAST, GAPS = (gl.constexpr(i) for i in range(7))
+
+#: A card has these fields (N_BLOCKS is -1 after the last tile; TILE is not used), the tile's place, and from WHOLE on,
+#: by warpgroup, the keys [first, last) that all of its rows see. Summaries of row intervals leave the place out.
+CARD = gl.constexpr(config.CARD)
+ROW, BATCH, HEAD, WHOLE = (gl.constexpr(i) for i in range(7, 11))
+
+#: How many cards there are. The slowest warp may be q_buffers + k_stages tiles behind the one that publishes them.
+RING = gl.constexpr(config.RING)
 
 
 class Problem(NamedTuple):
@@ -41,17 +50,20 @@ class Problem(NamedTuple):
     window_left: gl.tensor
     window_right: gl.tensor
     bounds_ptr: gl.tensor  # (batch or 1, row tiles * BLOCK_M, 2): rows' keys [start, end)
-    summary_ptr: gl.tensor  # (batch or 1, row tiles, N_FIELDS)
+    summary_ptr: gl.tensor  # (batch or 1, row tiles, CARD)
     intervals_batch: gl.tensor  # 0 where all batch elements share their row intervals, else 1
     sinks_ptr: gl.tensor
     sinks_stride: gl.tensor
+    out_ptr: gl.tensor  # contiguous, for INTERVALS
+    v_head_dim: gl.tensor
     lse_ptr: gl.tensor
     factor: gl.tensor  # turns scores to base 2
     cap_factor: gl.tensor  # 2 * log2(e) * scale / softcap
 
 
 class Tile(NamedTuple):
-    """One tile of query rows: its first row, batch element, head, and its blocks of keys."""
+    """One tile of query rows: its first row, batch element, head, and its blocks of keys; for INTERVALS also the keys
+    that all rows of one warpgroup see (none where that is not known)."""
 
     first_row: gl.tensor
     batch: gl.tensor
@@ -60,6 +72,8 @@ class Tile(NamedTuple):
     n_end: gl.tensor
     n_begin: gl.tensor
     first_key: gl.tensor
+    whole_first: gl.tensor
+    whole_last: gl.tensor
 
 
 @gluon.jit
@@ -103,36 +117,52 @@ def fields(mode):
 
 
 @gluon.jit
+def _window_blocks(first_row, p, C: gl.constexpr):
+    """``(n_blocks, n_end, n_begin, first key)`` of a tile, for WINDOW."""
+    BLOCK_N: gl.constexpr = C.block_n
+    last_row = min(first_row + C.consumers * 64, p.seqlen_q) - 1
+    first = max(first_row + p.offset - p.window_left, 0)
+    last = min(last_row + p.offset + p.window_right + 1, p.seqlen_k)
+    full_first = max(last_row + p.offset - p.window_left, 0)
+    full_last = min(first_row + p.offset + p.window_right + 1, p.seqlen_k)
+    # A tile that sees nothing gets one block, wholly masked.
+    first = min(first, max(last, 0))
+    n_blocks = max((last - first + (BLOCK_N - 1)) // BLOCK_N, 1)
+    n_begin = min(max(full_first - first + (BLOCK_N - 1), 0) // BLOCK_N, n_blocks)
+    n_full = max(max(min(full_last, last) - first, 0) // BLOCK_N - n_begin, 0)
+    return n_blocks, n_blocks - n_begin - n_full, n_begin, first
+
+
+@gluon.jit
 def describe(number, tiles, slot, p, C: gl.constexpr):
     """Write tile ``number`` into a slot of shared memory, for the other warps."""
     if C.mode < WINDOW:
         write(tiles, slot, number)
     else:
         BLOCK_M: gl.constexpr = C.consumers * 64
-        BLOCK_N: gl.constexpr = C.block_n
         first_row, batch, _ = place(number, p, C)
         at = slot * N_FIELDS
         write(tiles, at + TILE, number)
         if C.mode == WINDOW:
-            last_row = min(first_row + BLOCK_M, p.seqlen_q) - 1
-            first = max(first_row + p.offset - p.window_left, 0)
-            last = min(last_row + p.offset + p.window_right + 1, p.seqlen_k)
-            full_first = max(last_row + p.offset - p.window_left, 0)
-            full_last = min(first_row + p.offset + p.window_right + 1, p.seqlen_k)
-            # A tile that sees nothing gets one block, wholly masked.
-            first = min(first, max(last, 0))
-            n_blocks = max((last - first + (BLOCK_N - 1)) // BLOCK_N, 1)
-            n_begin = min(max(full_first - first + (BLOCK_N - 1), 0) // BLOCK_N, n_blocks)
-            n_full = max(max(min(full_last, last) - first, 0) // BLOCK_N - n_begin, 0)
+            n_blocks, n_end, n_begin, first = _window_blocks(first_row, p, C)
             write(tiles, at + N_BLOCKS, n_blocks)
-            write(tiles, at + N_END, n_blocks - n_begin - n_full)
+            write(tiles, at + N_END, n_end)
             write(tiles, at + N_BEGIN, n_begin)
             write(tiles, at + FIRST, first)
         else:
             row_tile = batch * p.intervals_batch * n_row_tiles(p, C) + first_row // BLOCK_M
-            summary = p.summary_ptr + row_tile * N_FIELDS
+            summary = p.summary_ptr + row_tile * CARD
             for field in gl.static_range(1, 7):
                 write(tiles, at + field, gl.load(summary + field))
+
+
+@gluon.jit
+def _all_keys(first_row, p, C: gl.constexpr):
+    """How many blocks of keys a tile has, for FULL, TAIL and CAUSAL."""
+    last = p.seqlen_k
+    if C.mode == CAUSAL:
+        last = min(first_row + C.consumers * 64 + p.offset, last)
+    return (last + (C.block_n - 1)) // C.block_n
 
 
 @gluon.jit
@@ -140,16 +170,60 @@ def look_up(number, tiles, slot, p, WARPS: gl.constexpr, C: gl.constexpr):
     """The tile ``number``, which lies in ``slot``."""
     first_row, batch, head = place(number, p, C)
     if C.mode < WINDOW:
-        last = p.seqlen_k
-        if C.mode == CAUSAL:
-            last = min(first_row + C.consumers * 64 + p.offset, last)
-        n_blocks = (last + (C.block_n - 1)) // C.block_n
-        return Tile(first_row, batch, head, n_blocks, 0, 0, 0)
+        return Tile(first_row, batch, head, _all_keys(first_row, p, C), 0, 0, 0, 0, 0)
     else:
         at = slot * N_FIELDS
         n_blocks = read(tiles, at + N_BLOCKS, WARPS)
         n_end, n_begin = read(tiles, at + N_END, WARPS), read(tiles, at + N_BEGIN, WARPS)
-        return Tile(first_row, batch, head, n_blocks, n_end, n_begin, read(tiles, at + FIRST, WARPS))
+        return Tile(first_row, batch, head, n_blocks, n_end, n_begin, read(tiles, at + FIRST, WARPS), 0, 0)
+
+
+@gluon.jit
+def publish(number, tiles, slot, p, C: gl.constexpr):
+    """Fill a card with tile ``number``, and return the tile (no warpgroup's). For INTERVALS ``n_blocks`` is 0 where no
+    row sees anything."""
+    first_row, batch, head = place(number, p, C)
+    at = slot * CARD
+    n_end, n_begin, first = 0, 0, 0
+    if C.mode == INTERVALS:
+        BLOCK_M: gl.constexpr = C.consumers * 64
+        LAST_FIELD: gl.constexpr = WHOLE + 2 * C.consumers
+        summary = p.summary_ptr + (batch * p.intervals_batch * n_row_tiles(p, C) + first_row // BLOCK_M) * CARD
+        n_blocks = gl.where(gl.load(summary + LAST) > 0, gl.load(summary + N_BLOCKS), 0)
+        n_end, n_begin, first = gl.load(summary + N_END), gl.load(summary + N_BEGIN), gl.load(summary + FIRST)
+        for field in gl.static_range(LAST, GAPS + 1):
+            write(tiles, at + field, gl.load(summary + field))
+        for field in gl.static_range(WHOLE, LAST_FIELD):
+            write(tiles, at + field, gl.load(summary + field))
+    elif C.mode == WINDOW:
+        n_blocks, n_end, n_begin, first = _window_blocks(first_row, p, C)
+    else:
+        n_blocks = _all_keys(first_row, p, C)
+    write(tiles, at + N_BLOCKS, n_blocks)
+    write(tiles, at + ROW, first_row)
+    write(tiles, at + BATCH, batch)
+    write(tiles, at + HEAD, head)
+    if C.mode >= WINDOW:
+        write(tiles, at + N_END, n_end)
+        write(tiles, at + N_BEGIN, n_begin)
+        write(tiles, at + FIRST, first)
+    return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, 0, 0)
+
+
+@gluon.jit
+def take_card(tiles, slot, W: gl.constexpr, WARPS: gl.constexpr, C: gl.constexpr):
+    """The tile on a card, with the keys that warpgroup W's rows all see. ``n_blocks`` is -1 after the last tile."""
+    at = slot * CARD
+    n_blocks, first_row = read(tiles, at + N_BLOCKS, WARPS), read(tiles, at + ROW, WARPS)
+    batch, head = read(tiles, at + BATCH, WARPS), read(tiles, at + HEAD, WARPS)
+    n_end, n_begin, first, whole_first, whole_last = 0, 0, 0, 0, 0
+    if C.mode >= WINDOW:
+        n_end, n_begin = read(tiles, at + N_END, WARPS), read(tiles, at + N_BEGIN, WARPS)
+        first = read(tiles, at + FIRST, WARPS)
+    if C.mode == INTERVALS:
+        whole_first = read(tiles, at + (WHOLE + 2 * W), WARPS)
+        whole_last = read(tiles, at + (WHOLE + 2 * W + 1), WARPS)
+    return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, whole_first, whole_last)
 
 
 @gluon.jit
@@ -183,20 +257,34 @@ def row_bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
+def window_bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """The same for WINDOW. Computed anew for each block: registers that need not live through the loop."""
+    diagonal = tile.first_row + W * 64 + gl.arange(0, 64, LAYOUT) + p.offset
+    return opaque(diagonal - p.window_left), opaque(gl.minimum(diagonal + (p.window_right + 1), p.seqlen_k))
+
+
+@gluon.jit
+def hide_outside(scores, first_key, start, end, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """Scores of keys outside the rows' bounds to -inf; for WINDOW, with bounds computed before the scores are there,
+    at a tenth of the spills of :func:`hide`."""
+    keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
+    visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
+    return gl.where(visible, scores, float("-inf"))
+
+
+@gluon.jit
 def hide(scores, first_key, tile, start, end, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
-    """Scores of hidden keys to -inf, whatever NaN the memory of those keys made of them."""
+    """Scores of hidden keys to -inf, whatever NaN the memory of those keys made of them. ``start, end`` are the rows'
+    bounds, for INTERVALS."""
     keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
     if C.mode == TAIL:
         visible = (keys < p.seqlen_k)[None, :]
     elif C.mode == CAUSAL:
         diagonal = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
         visible = diagonal[:, None] >= keys[None, :]
-    elif C.mode == WINDOW:
-        # Computed anew each time: two registers that need not live through the loop.
-        diagonal = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
-        end = gl.minimum(diagonal + (p.window_right + 1), p.seqlen_k)
-        visible = (keys[None, :] >= (diagonal - p.window_left)[:, None]) & (keys[None, :] < end[:, None])
     else:
+        if C.mode == WINDOW:
+            start, end = window_bounds(tile, p, W, gl.SliceLayout(1, LAYOUT), C)
         visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
     return gl.where(visible, scores, float("-inf"))
 
@@ -204,6 +292,9 @@ def hide(scores, first_key, tile, start, end, p, W: gl.constexpr, LAYOUT: gl.con
 @gluon.jit
 def needs_hiding(first_key, tile, p, W: gl.constexpr, FIRST_BLOCK: gl.constexpr, C: gl.constexpr):
     """Whether a block, the first or another of those that need masking, holds keys hidden from some of W's rows.
+
+    For row intervals "yes" may stand for "that is not known": of a tile that was looked up, of a warpgroup with a row
+    that sees nothing.
 
     Worth a branch, and the branch keeps ptxas from turning the mask into bit sets ahead of the wait for the scores
     (390 instead of 165 instructions).
@@ -216,7 +307,5 @@ def needs_hiding(first_key, tile, p, W: gl.constexpr, FIRST_BLOCK: gl.constexpr,
         low = tile.first_row + W * 64 + p.offset
         late = first_key + C.block_n > min(low + (p.window_right + 1), p.seqlen_k)
         return late | (first_key < low + 63 - p.window_left)
-    elif FIRST_BLOCK:
-        return tile.n_end + tile.n_begin > 0
     else:
-        return tile.n_blocks > 0  # always, but the compiler does not know
+        return (first_key < tile.whole_first) | (first_key + C.block_n > tile.whole_last)

@@ -9,6 +9,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,8 +20,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels: run without TRITON_INTERPRET", allow_module_level=True)
 pytest.importorskip("triton")
 
+from triton.runtime import driver
+
 from hf_flash_plus.inputs import AttentionInputs
-from hf_flash_plus.kernels.hopper import forward_launch
+from hf_flash_plus.kernels.hopper import config, forward_launch
 from hf_flash_plus.masks import AttentionMask
 
 from .compiling import _BIN, TARGETS, call, compiling_for
@@ -131,6 +135,86 @@ def test_arguments_of_a_direct_launch() -> None:
         for parameter, value in zip(attention_forward.params, launch.arguments):
             if isinstance(value, int | torch.Tensor):
                 assert parameter.do_not_specialize, parameter.name
+
+
+@pytest.mark.parametrize("name", ["causal", "intervals", "terms"])
+def test_direct_launches(name: str) -> None:
+    """A direct launch hands the launcher what an ordinary one does, descriptors and pointers included."""
+    from triton.backends.nvidia.driver import wrap_handle_tensordesc
+
+    from hf_flash_plus.kernels.hopper.direct import direct
+
+    handed: list[tuple[Any, ...]] = []
+
+    def runnable(kernel: Any) -> Any:
+        """Stands in for a loaded kernel: notes what its launcher, a function from C, would be called with."""
+        meta = getattr(kernel.metadata, "tensordesc_meta", None)
+        signature = {i: kind for i, kind in enumerate(kernel.src.signature.values())}
+        launch = wrap_handle_tensordesc(lambda *args: handed.append(args), signature, meta)
+        sizes = {"global_scratch_size": 0, "profile_scratch_size": 0, "num_ctas": 1}
+        run = SimpleNamespace(launch=launch, launch_cooperative_grid=False, launch_pdl=False, **sizes)
+        return SimpleNamespace(run=run, metadata=kernel.metadata, function=11, packed_metadata=(4, 1, 0))
+
+    q, k, v = torch.zeros(3, 2, 1153, 4, 128, dtype=torch.bfloat16).unbind(0)
+    k, v = k[:, :, :2], v[:, :, :2]
+    intervals = torch.zeros(2, 1153, 2, dtype=torch.int32)
+    mask = AttentionMask(row_intervals=intervals) if name == "intervals" else AttentionMask(causal=True)
+    terms = {"softcap": 30.0, "sinks": torch.zeros(4)} if name == "terms" else {}
+    inputs = AttentionInputs(q, k, v, 0.1, mask, **terms)
+    with compiling_for("sm90"):
+        driver.active.utils = SimpleNamespace(fill_tma_descriptor=lambda *args: ("encoded", *args))
+        out, (summary, launch) = torch.empty_like(q), launches(inputs)
+        kernel = runnable(launch.warm_up())
+        summarize = None if summary is None else runnable(summary.warm_up())
+        main, before = direct(kernel), None if summarize is None else direct(summarize)
+        assert main is not None and (before is None) == (summary is None)
+        known = forward_launch._Known(out, summary, before, launch, main)
+        for fresh in (q.clone(), k.clone()[:, :, :2]):  # other addresses, and the same ones again
+            other = replace(inputs, query=fresh) if fresh.shape == q.shape else inputs
+            handed.clear()
+            out, lse = known.launch(other, 5, 99)
+            assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, (2, 4, 1153))
+            direct_calls, ordinary = list(handed), []
+            summary, launch = forward_launch.prepare(other, out, lse)
+            for loaded, grid, arguments in (
+                *([] if summary is None else [(summarize, summary.grid, (*summary.arguments, *summary.options))]),
+                (kernel, (launch.n_programs, 1, 1), (*launch.arguments, *launch.plan.constexprs)),
+            ):
+                handed.clear()
+                base = (*grid, 5, 11, False, False, None, None, (4, 1, 0), None, None, None)
+                loaded.run.launch(*base, *arguments)
+                ordinary.append(handed[0])
+            memory = set() if summary is None else {t.data_ptr() for t in (summary.bounds, summary.summary)}
+            memory |= {launch.arguments[6].data_ptr()}  # of the counters
+            assert len(direct_calls) == len(ordinary)
+            for ours, theirs, loaded in zip(direct_calls, ordinary, ([summarize] if summary else []) + [kernel]):
+                assert len(ours) == len(theirs)
+                n_constexprs = 3 if loaded is summarize else len(launch.plan.constexprs)
+                for a, b in zip(ours[:-n_constexprs], theirs[:-n_constexprs]):
+                    address = b.data_ptr() if isinstance(b, torch.Tensor) else b
+                    assert a == address or address in memory, (a, b)
+
+
+def test_configurations_are_sound() -> None:
+    """What the kernel takes for granted of its configurations."""
+    dims = ((64, 64), (128, 128), (192, 128), (256, 256))
+    for dim, mode, short in itertools.product(dims, range(5), (False, True)):
+        chosen = config.select(dim, mode, short, False, False)
+        # The slowest warp may be this many tiles behind the one that writes cards.
+        assert chosen.q_buffers + chosen.k_stages < config.RING
+        # The ring of slots must not be lapped while V's warp waits at it.
+        assert chosen.v_stages <= chosen.k_stages or chosen.free_k_first
+        assert 10 + 2 * chosen.consumers <= config.CARD
+        assert not (chosen.turns and chosen.consumers != 2)
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "mib", "section"),
+    [(512, 0.25, 64), (512, 0.125, 128), (64, 1.5, 8), (64, 2, 8), (16, 8, 2), (7, 3, 4), (3, 1, 3), (5, 100, 1)],
+)
+def test_sections(n_heads: int, mib: float, section: int) -> None:
+    """Sections of 16 MiB of keys and values, about, of which the last is not much smaller than the others."""
+    assert forward_launch._section(n_heads, int(mib * 2**20)) == section
 
 
 def test_lengths_and_strides_do_not_recompile() -> None:

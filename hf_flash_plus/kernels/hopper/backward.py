@@ -198,6 +198,7 @@ def _producer(
                     meet("sync", STAGE_BARRIER + stage)
                 if LISTED:  # read by the consumers once they have waited for q
                     entry_smem.index(stage).store(gl.full([1], entry, gl.int32, ONE))
+                    gl.thread_barrier()  # an `expect`, unlike an `arrive`, publishes only what its own thread wrote
                 if LISTED and dirty:
                     mbarrier.expect(dirty_full, 2 * (BLOCK_M * HEAD_BYTES + ROW_BYTES) + BOUND_BYTES)
                     _load_bounds(bounds_desc, bounds_at + row, n_rows, dirty_full, bounds_smem, stage)

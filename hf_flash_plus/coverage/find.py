@@ -124,7 +124,21 @@ def _config_of(cls: Any, config: Any) -> Any:
     return next((part for part in all_configs(config) if isinstance(part, wanted)), config)
 
 
+#: How notes say that memory was missing: nothing that tells of the model where others use the GPU, too.
+MEMORY = "out of GPU memory"
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether an exception says that the GPU has no memory left: torch's own, CUDA's, cuBLAS's, Triton's."""
+    if isinstance(problem, torch.OutOfMemoryError):
+        return True
+    text = str(problem)
+    return isinstance(problem, RuntimeError) and ("_ALLOC_FAILED" in text or "out of memory" in text)
+
+
 def brief(problem: BaseException) -> str:
     """An exception in one line."""
+    if out_of_memory(problem):
+        return MEMORY
     text = " ".join(str(problem).split())
     return f"{type(problem).__name__}: {text[:200]}"

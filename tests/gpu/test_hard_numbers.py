@@ -262,6 +262,20 @@ def test_gradients_beyond_2_to_the_31_elements() -> None:
     torch.testing.assert_close(grad[-1:], expected, atol=0, rtol=0)
 
 
+def test_torch_whatever_the_layout_of_the_gradient() -> None:
+    """torch's plan of cuDNN's backward is for the layout that the first call's gradient has."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 320, 4, 128, device="cuda", dtype=BF16).requires_grad_() for _ in range(3)]
+    dout = torch.randn(2, 4, 320, 128, device="cuda", dtype=BF16).transpose(1, 2)
+
+    def gradients(dout: Tensor) -> tuple[Tensor, ...]:
+        with use_provider("torch_sdpa"):
+            return torch.autograd.grad(hfp.attention(*leaves, AttentionMask()), leaves, dout)
+
+    for got, want in zip(gradients(dout), gradients(dout.contiguous())):
+        torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.exclusive
 def test_torch_beyond_what_its_kernels_count() -> None:
     """A query of more elements than torch's flash backward can count: in parts, each equal to itself alone."""

@@ -7,7 +7,7 @@ candidates do, whoever computes attention. Two runs can be compared where both m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -70,19 +70,16 @@ class Choices:
 @contextmanager
 def _replaced(instead: Callable[..., Any]) -> Iterator[None]:
     """``instead(name, original, tensor, ...)`` in place of each function, under both of its names."""
-    with (
-        mock.patch.multiple(torch, **_wrapped(torch, instead)),
-        mock.patch.multiple(Tensor, **_wrapped(Tensor, instead)),
-    ):
+    with ExitStack() as stack:
+        for owner in (torch, Tensor):
+            for name in ("topk", "argmax"):
+                stack.enter_context(mock.patch.object(owner, name, _wrapped(name, getattr(owner, name), instead)))
         yield
 
 
-def _wrapped(owner: Any, instead: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            source, *rest = args or (kwargs.pop("input"),)
-            return instead(name, original, source, *rest, **kwargs)
+def _wrapped(name: str, original: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        source, *rest = args or (kwargs.pop("input"),)
+        return instead(name, original, source, *rest, **kwargs)
 
-        return call
-
-    return {name: wrap(name, getattr(owner, name)) for name in ("topk", "argmax")}
+    return call

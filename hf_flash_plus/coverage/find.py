@@ -9,6 +9,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 from . import inputs as make
 from .compare import collect, has_nan
+from .memory import MEMORY, out_of_memory
 from .overrides import CLASSES, SKIP
 from .subject import Settings, Subject, build, enlarge, parameters, run, usable
 from .tiny_configs import all_configs, tiny_config
@@ -122,18 +123,6 @@ def _config_of(cls: Any, config: Any) -> Any:
     if wanted is None or isinstance(config, wanted):
         return config
     return next((part for part in all_configs(config) if isinstance(part, wanted)), config)
-
-
-#: How notes say that memory was missing: nothing that tells of the model where others use the GPU, too.
-MEMORY = "out of GPU memory"
-
-
-def out_of_memory(problem: BaseException) -> bool:
-    """Whether an exception says that the GPU has no memory left: torch's own, CUDA's, cuBLAS's, Triton's."""
-    if isinstance(problem, torch.OutOfMemoryError):
-        return True
-    text = str(problem)
-    return isinstance(problem, RuntimeError) and ("_ALLOC_FAILED" in text or "out of memory" in text)
 
 
 def brief(problem: BaseException) -> str:

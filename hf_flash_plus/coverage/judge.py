@@ -13,7 +13,8 @@ from .cells import DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
 from .choices import Choices
 from .compare import Outputs, error, has_nan
 from .exceptions import RAISES, reference
-from .find import brief, out_of_memory
+from .find import brief
+from .memory import out_of_memory
 from .subject import NAME, Subject, build
 
 #: What one check looks at: from a model and the precision of its inputs to named tensors.

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from .cells import DIFFERENT, Cell
-from .find import out_of_memory
+from .memory import out_of_memory
 from .subject import Settings
 from .worker import Row, run_row
 

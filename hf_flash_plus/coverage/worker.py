@@ -12,8 +12,9 @@ from .. import dispatch
 from . import multimodal
 from .cells import CHECKS, DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
 from .checks import FUNCTIONS, generates
-from .find import MEMORY, brief, find_subject, out_of_memory
+from .find import brief, find_subject
 from .inputs import parameters_of
+from .memory import MEMORY, out_of_memory
 from .subject import NAME, Settings, Subject
 
 

@@ -257,7 +257,7 @@ def test_a_full_gpu_is_no_difference(problem: RuntimeError, monkeypatch: pytest.
 
 def test_a_row_waits_for_memory_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_flash_plus.coverage import pool
-    from hf_flash_plus.coverage.find import MEMORY
+    from hf_flash_plus.coverage.memory import MEMORY
 
     runs: list[str] = []
     free = iter([0.0, 0.0] + [8.0 * 2**30] * 9)

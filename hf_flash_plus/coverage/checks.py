@@ -317,13 +317,16 @@ def patch(subject: Subject, kind: str) -> Cell | None:
 
     dtype = subject.settings.dtype
     inputs = subject.cast(subject.inputs, dtype)
-    loaded = collect(run(subject.model(NAME, dtype), inputs))
     # Parts that keep their own attention are then the same in both ways of switching.
     implementation, _ = reference(subject.model_type, "patch")
     model = copy.deepcopy(subject.model(implementation, dtype))
     if dtype is not torch.float32:
         subject.forget(implementation, dtype)
-    before = collect(run(model, inputs))
+    try:
+        before = collect(run(model, inputs))
+    except Exception as problem:
+        return Cell(NOT_RUNNABLE, note=f"{implementation} itself fails: {brief(problem)}")
+    loaded = collect(run(subject.model(NAME, dtype), inputs))
     if not identical(before, collect(run(model, inputs))):
         return Cell(NOT_RUNNABLE, note=f"{implementation} differs from itself from run to run")
     try:

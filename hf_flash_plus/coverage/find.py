@@ -9,6 +9,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 from . import inputs as make
 from .compare import collect, has_nan
+from .memory import MEMORY, out_of_memory
 from .overrides import CLASSES, SKIP
 from .subject import Settings, Subject, build, enlarge, parameters, run, usable
 from .tiny_configs import all_configs, tiny_config
@@ -126,5 +127,7 @@ def _config_of(cls: Any, config: Any) -> Any:
 
 def brief(problem: BaseException) -> str:
     """An exception in one line."""
+    if out_of_memory(problem):
+        return MEMORY
     text = " ".join(str(problem).split())
     return f"{type(problem).__name__}: {text[:200]}"

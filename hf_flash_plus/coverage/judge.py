@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from .cells import DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
+from .choices import Choices
 from .compare import Outputs, error, has_nan
 from .exceptions import RAISES, reference
 from .find import brief
+from .memory import out_of_memory
 from .subject import NAME, Subject, build
 
 #: What one check looks at: from a model and the precision of its inputs to named tensors.
@@ -56,9 +58,13 @@ def judge(
         actual = observe(subject.model(NAME, dtype), dtype)
     except NotImplementedError as problem:
         return Cell(REFUSED, note=brief(problem))
-    except torch.OutOfMemoryError:
-        return Cell(NOT_RUNNABLE, note=f"needs more than {subject.settings.memory_gib:g} GiB of GPU memory")
     except Exception as problem:
+        if out_of_memory(problem):
+            note = f"{brief(problem)} (a process may take {subject.settings.memory_gib:g} GiB)"
+            return Cell(NOT_RUNNABLE, note=note)
+        fails = _low_precision_failure(subject, observe, implementation)
+        if fails is not None:
+            return Cell(NOT_RUNNABLE, note=fails)
         known = RAISES.get((subject.model_type, check))
         if known is not None:
             return Cell(REFUSED, note=f"{known}; flash_plus raises {brief(problem)}")
@@ -142,7 +148,7 @@ def _low_precision(
     try:
         low = observe(subject.model(implementation, dtype), dtype)
     except Exception as problem:
-        return Cell(NOT_RUNNABLE, note=f"{implementation} itself fails in {_name(dtype)}: {brief(problem)}")
+        return Cell(NOT_RUNNABLE, note=_fails(implementation, dtype, problem))
     finally:
         subject.forget(implementation, dtype)
     allowed, value = error(expected, low, keep, floor=LOW_FLOOR), error(expected, actual, keep, floor=LOW_FLOOR)
@@ -151,10 +157,58 @@ def _low_precision(
     mean_allowed, mean = mean_error(expected, low, keep), mean_error(expected, actual, keep)
     if mean <= max(LOW_PRECISION_FACTOR * mean_allowed, LOW_PRECISION_FLOOR / 4):
         return Cell(EXACT, value, "by root mean square error, not by the largest", allowed)
+    same = _with_same_choices(subject, observe, keep, implementation)
+    if same is not None:
+        return same
     worst = max(allowed, *_low_precision_errors(subject, observe, keep, implementation))
     if value <= LOW_PRECISION_FACTOR * worst:
         return Cell(EXACT, value, f"with neighbouring weights {implementation}'s own error is {worst:.1e}", allowed)
     return Cell(DIFFERENT, value, f"root mean square {mean:.1e}, {implementation}'s {mean_allowed:.1e}", allowed)
+
+
+def _with_same_choices(
+    subject: Subject, observe: Observe, keep: dict[str, Tensor] | None, implementation: str
+) -> Cell | None:
+    """The comparison with the fp32 reference's choices of experts and keys put into both runs in low precision, by the
+    same bound; None where there are no choices, or the runs do not make the same ones, or it is not within the bound.
+    """
+    dtype = subject.settings.dtype
+    choices = Choices()
+    with choices.recorded():
+        expected = observe(subject.model(implementation, torch.float32), torch.float32)
+    if not len(choices):
+        return None
+    outputs = []
+    try:
+        for name in (implementation, NAME):
+            with choices.repeated():
+                outputs.append(observe(subject.model(name, dtype), dtype))
+    except LookupError:
+        return None
+    finally:
+        subject.forget(implementation, dtype)
+    allowed, value = (error(expected, found, keep, floor=LOW_FLOOR) for found in outputs)
+    if value > max(LOW_PRECISION_FACTOR * allowed, LOW_PRECISION_FLOOR):
+        return None
+    return Cell(EXACT, value, f"with the choices that {implementation} makes in fp32 (topk, argmax) in both", allowed)
+
+
+def _low_precision_failure(subject: Subject, observe: Observe, implementation: str) -> str | None:
+    """Why the reference fails in low precision, too; None where it does not."""
+    dtype = subject.settings.dtype
+    if dtype is torch.float32:
+        return None
+    try:
+        observe(subject.model(implementation, dtype), dtype)
+    except Exception as problem:
+        return _fails(implementation, dtype, problem)
+    finally:
+        subject.forget(implementation, dtype)
+    return None
+
+
+def _fails(implementation: str, dtype: torch.dtype, problem: Exception) -> str:
+    return f"{implementation} itself fails in {_name(dtype)}: {brief(problem)}"
 
 
 def _low_precision_errors(

@@ -14,11 +14,14 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from .cells import DIFFERENT, Cell
+from .memory import out_of_memory
 from .subject import Settings
 from .worker import Row, run_row
 
 #: Rows a process does before a fresh one takes its place: the modules that models import pile up.
 ROWS_PER_PROCESS = 40
+#: Seconds to wait for memory that others use.
+MEMORY_WAIT = 60.0
 
 
 @dataclass
@@ -41,10 +44,7 @@ def _serve(pipe: Connection, checks: Sequence[str], settings: Settings) -> None:
     for stop in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group: the parent alone decides what ends
         signal.signal(stop, signal.SIG_IGN)
     if settings.device.startswith("cuda"):
-        total = torch.cuda.get_device_properties(settings.device).total_memory
-        fraction = min(1.0, settings.memory_gib * 2**30 / total)
-        # It wants a number where "cuda" has none; None is the current device.
-        torch.cuda.set_per_process_memory_fraction(fraction, torch.device(settings.device).index)
+        _limit_memory(settings)
     constants.HF_HUB_OFFLINE = True  # nothing is downloaded: every configuration is made up
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
@@ -58,7 +58,53 @@ def _serve(pipe: Connection, checks: Sequence[str], settings: Settings) -> None:
             return
         row = run_row(model_type, checks, settings)
         gc.collect()
+        if row.short_of_memory() and _memory_came_back(settings):
+            row = run_row(model_type, checks, settings)
+            gc.collect()
         pipe.send((row, _usable(settings.device)))
+
+
+def _limit_memory(settings: Settings) -> None:
+    """Bound what this process takes of the GPU. Where others have filled it, even CUDA cannot start: wait for them."""
+    import torch
+
+    end = time.monotonic() + MEMORY_WAIT
+    while True:
+        try:
+            total = torch.cuda.get_device_properties(settings.device).total_memory
+            fraction = min(1.0, settings.memory_gib * 2**30 / total)
+            # It wants a number where "cuda" has none; None is the current device.
+            torch.cuda.set_per_process_memory_fraction(fraction, torch.device(settings.device).index)
+            return
+        except RuntimeError as problem:
+            if not out_of_memory(problem) or time.monotonic() > end:
+                raise
+            time.sleep(1.0)
+
+
+def _memory_came_back(settings: Settings) -> bool:
+    """Whether others had taken what this process may take of the GPU, and it is free now, or in a while."""
+    waited = False
+    end = time.monotonic() + MEMORY_WAIT
+    while _free_memory(settings.device) < settings.memory_gib * 2**30:
+        if time.monotonic() > end:
+            return False
+        waited = True
+        time.sleep(0.5)
+    return waited
+
+
+def _free_memory(device: str) -> float:
+    """Bytes that are free on the GPU; on the CPU nobody counts them."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return math.inf
+    try:
+        torch.cuda.empty_cache()
+        return float(torch.cuda.mem_get_info(device)[0])
+    except RuntimeError:
+        return math.inf  # there is no use in waiting for a device that does not answer
 
 
 def _usable(device: str) -> bool:
@@ -173,8 +219,9 @@ def _lost(model_type: str, reason: str) -> Row:
 
 
 def is_lost(row: Row) -> bool:
-    """Whether nobody answered for a row: it has no class, since that is found out in the process."""
-    return row.runs and not row.cls
+    """Whether a row is to be run again: nobody answered for it (it has no class then, since that is found out in the
+    process), or the GPU had no memory for it."""
+    return (row.runs and not row.cls) or row.short_of_memory()
 
 
 def _stop(worker: _Worker) -> None:

@@ -14,6 +14,7 @@ from .cells import CHECKS, DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
 from .checks import FUNCTIONS, generates
 from .find import brief, find_subject
 from .inputs import parameters_of
+from .memory import MEMORY, out_of_memory
 from .subject import NAME, Settings, Subject
 
 
@@ -54,6 +55,10 @@ class Row:
         if not self.runs:
             return NOT_RUNNABLE
         return next((word for word in (DIFFERENT, REFUSED, EXACT) if word in outcomes), NOT_RUNNABLE)
+
+    def short_of_memory(self) -> bool:
+        """Whether something could not be seen for want of GPU memory."""
+        return MEMORY in self.reason or any(MEMORY in cell.note for cell in self.cells.values())
 
     def as_json(self) -> dict[str, Any]:
         """The row as plain data; what is empty is left out."""
@@ -149,7 +154,8 @@ def run_row(model_type: str, checks: Sequence[str], settings: Settings) -> Row:
         row.cells["forward"] = Cell(REFUSED, note=next(iter(row.keeps.values())))
         return row
     except Exception as problem:
-        row.cells["forward"] = Cell(DIFFERENT, note=f"flash_plus cannot be loaded: {brief(problem)}")
+        outcome = NOT_RUNNABLE if out_of_memory(problem) else DIFFERENT
+        row.cells["forward"] = Cell(outcome, note=f"flash_plus cannot be loaded: {brief(problem)}")
         return row
     with _counted() as count:
         for name in (name for name in CHECKS if name in checks):
@@ -172,7 +178,8 @@ def _checked(name: str, subject: Subject, kind: str) -> Cell | None:
     try:
         return FUNCTIONS[name](subject, kind)
     except Exception as problem:
-        return Cell(DIFFERENT, note=f"the check fails: {brief(problem)}")
+        outcome = NOT_RUNNABLE if out_of_memory(problem) else DIFFERENT
+        return Cell(outcome, note=f"the check fails: {brief(problem)}")
 
 
 def _refused(cell: Cell, note: str) -> Cell:

@@ -230,6 +230,11 @@ def _one_token(device: torch.device) -> Tensor:
     return found
 
 
+def _launches_on(device: torch.device) -> bool:
+    """Whether a kernel can be launched there: launches go to the current device."""
+    return device.type == "cuda" and device.index == torch.cuda.current_device()
+
+
 def _one_row(
     mask_function: Callable[..., Any],
     attention_mask: Tensor | None,
@@ -250,8 +255,8 @@ def _one_row(
         q_offset = kv_offset + kv_length - 1
     if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.device != device):
         return None
-    if device.type != "cuda" or device.index != torch.cuda.current_device():
-        return None  # launches go to the current device
+    if not _launches_on(device):
+        return None
     if device not in _one_row_devices:
         if PROVIDERS["triton"].unavailable_reason() is not None:
             return None
@@ -259,7 +264,7 @@ def _one_row(
     from ..kernels.padding import NO_WINDOW, padding
 
     window = flags.window[0] + 1 if flags.windowed else NO_WINDOW
-    made = padding(attention_mask, kv_length, kv_offset, q_offset, window)
+    made = padding(attention_mask, kv_length, kv_offset, q_offset, window, device)
     if attention_mask is None:
         return carrier.attach(made.carrier, carrier.Carried(AttentionMask(row_intervals=made.intervals)))
     whole = kv_offset == 0 and attention_mask.shape[-1] == kv_length

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from . import class_dict, registration
 from .attention import NAME
@@ -84,9 +84,10 @@ def patch_model(model: nn.Module) -> PatchReport:
         raise TypeError(f"{type(model).__name__} is and contains no transformers.PreTrainedModel; nothing to patch.")
     report = PatchReport()
     changes: list[_Change] = []
+    owned = {id(part.config) for _, part in models}
     try:
         for name, part in models:
-            _switch(name, part, report, changes)
+            _switch(name, part, owned, report, changes)
         if not report.switched and not any(reason == _ALREADY for _, _, reason in report.left):
             reasons = "\n".join(f"  {name or '(the model)'} [{cls}]: {reason}" for name, cls, reason in report.left)
             raise ValueError(f"the attention of {type(model).__name__} cannot be switched to {NAME}:\n{reasons}")
@@ -141,7 +142,7 @@ def _set(changes: list[_Change], owner: Any, name: str, value: Any, setter: Call
     setter(owner, name, value)
 
 
-def _switch(name: str, part: PreTrainedModel, report: PatchReport, changes: list[_Change]) -> None:
+def _switch(name: str, part: PreTrainedModel, owned: set[int], report: PatchReport, changes: list[_Change]) -> None:
     config, cls = part.config, type(part).__name__
     before = config._attn_implementation
     if before == NAME:
@@ -162,7 +163,26 @@ def _switch(name: str, part: PreTrainedModel, report: PatchReport, changes: list
             if isinstance(module, eager) and type(module) is not ours:
                 _set(changes, module, "__class__", ours)
     _set(changes, config, "_attn_implementation_internal", NAME)
+    for inner in _inner_configs(part, owned):
+        if inner._attn_implementation == before:
+            _set(changes, inner, "_attn_implementation_internal", NAME)
     report.switched.append((name, cls, before))
+
+
+def _inner_configs(part: PreTrainedModel, owned: set[int]) -> Iterator[PretrainedConfig]:
+    """The configs of a model's plain modules that no pretrained model has (idefics' vision, the decoder of vit_mae):
+    they got their implementation from the model's when it was loaded. ``owned``: the ids of pretrained models' configs.
+    """
+    waiting: list[nn.Module] = list(part.children())
+    while waiting:
+        module = waiting.pop()
+        config = getattr(module, "config", None)
+        if isinstance(module, PreTrainedModel):
+            if config is not part.config:
+                continue  # switched, or left, by itself
+        elif isinstance(config, PretrainedConfig) and id(config) not in owned:
+            yield config
+        waiting.extend(module.children())
 
 
 def _has_attention(part: PreTrainedModel) -> bool:

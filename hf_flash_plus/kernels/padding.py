@@ -82,7 +82,12 @@ def padding_carrier(
 
 
 def padding(
-    attention_mask: Tensor | None, seqlen_k: int, offset: int, row: int | Tensor, window: int = NO_WINDOW
+    attention_mask: Tensor | None,
+    seqlen_k: int,
+    offset: int,
+    row: int | Tensor,
+    window: int = NO_WINDOW,
+    device: torch.device | None = None,
 ) -> Padding:
     """The mask of one query row over keys of which ``attention_mask`` leaves some.
 
@@ -92,9 +97,11 @@ def padding(
         row: absolute index of the key that is the row's own, the last it may see; or an integer tensor with one element
             that holds it, on the GPU.
         window: how many keys the row may see, its own included.
+        device: where the mask is made; needed where neither ``attention_mask`` nor ``row`` is a tensor that says it.
     """
     at, row = (row, 0) if isinstance(row, Tensor) else (None, row - offset)
-    device = (attention_mask if at is None else at).device  # type: ignore[union-attr]
+    if device is None:
+        device = (attention_mask if at is None else at).device  # type: ignore[union-attr]
     if attention_mask is None:
         batch, length, columns, stride = 1, 0, 2, 0
         holes = None

@@ -108,13 +108,34 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) 
     """SDPA; on a GPU in parts of the batch where its kernels would go beyond what they can count."""
     size = _batch_at_a_time(q)
     if q.shape[0] <= size:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+        return _one_layout(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
     parts = []
     for begin in range(0, q.shape[0], size):
         part = slice(begin, begin + size)
         seen = mask if mask is None or mask.shape[0] == 1 else mask[part]
-        parts.append(F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=seen, **options))
-    return torch.cat(parts)
+        out = F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=seen, **options)
+        parts.append(_one_layout(out).transpose(1, 2))
+    return torch.cat(parts).transpose(1, 2)  # rows before heads, as each part has it
+
+
+#: Device types whose SDPA may be cuDNN's.
+CUDNN = frozenset({"cuda"})
+
+
+def _one_layout(out: Tensor) -> Tensor:
+    """An output of SDPA whose gradient comes back with rows before heads, whoever makes it.
+
+    torch keeps the plan of cuDNN's backward by the shapes and strides of query, key and value alone, and the plan has
+    the strides of the gradient of its first call (2.11): calls that differ in those only would read it transposed, and
+    return other gradients without a word. Compiled code is left alone, because the hook would break its graph.
+    """
+    if out.requires_grad and out.device.type in CUDNN and not torch.compiler.is_compiling():
+        out.register_hook(_rows_before_heads)
+    return out
+
+
+def _rows_before_heads(gradient: Tensor) -> Tensor:
+    return gradient.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _batch_at_a_time(q: Tensor) -> int:

@@ -9,17 +9,18 @@ process, and the others with ``-m "not exclusive"`` and as many as there are cor
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from hf_flash_plus.coverage.memory import out_of_memory
+
+from . import memory
 from .recording import GpuRecord
 
 HERE = Path(__file__).parent
@@ -64,22 +65,13 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Tests share the GPU's memory: one that finds none waits for the others, and is repeated once."""
     try:
         return (yield)
-    except torch.OutOfMemoryError:
-        if not hasattr(item.config, "workerinput") or item.get_closest_marker("exclusive"):
+    except RuntimeError as problem:
+        alone = not hasattr(item.config, "workerinput") or item.get_closest_marker("exclusive")
+        if alone or not out_of_memory(problem):
             raise
     item.user_properties.append(("repeated", "out of memory"))
-    _wait_for_memory(12.0)
+    memory.wait_for_memory(12.0)
     item.runtest()
-
-
-def _wait_for_memory(gib: float, seconds: float = 60.0) -> None:
-    gc.collect()
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        torch.cuda.empty_cache()
-        if torch.cuda.mem_get_info()[0] > gib * 2**30:
-            return
-        time.sleep(0.2)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -105,10 +97,8 @@ def device_answers() -> bool:
     try:
         torch.cuda.synchronize()
         return bool(torch.ones(1, device="cuda").item() == 1.0)
-    except torch.OutOfMemoryError:
-        return True
-    except RuntimeError:
-        return False
+    except RuntimeError as problem:
+        return out_of_memory(problem)
 
 
 Once = Callable[[str, Callable[[], str]], str]

@@ -13,6 +13,7 @@ from hf_flash_plus import AttentionMask, use_provider
 from hf_flash_plus.checks import oracle
 from hf_flash_plus.checks.compare import judge
 from hf_flash_plus.providers import PROVIDERS
+from tests.gpu.memory import needs_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -38,11 +39,6 @@ def attend(provider: str, *tensors: Tensor, mask: AttentionMask | None = None, *
             return hfp.attention(*tensors, mask or AttentionMask(causal=True), **options)
     except NotImplementedError as error:
         pytest.skip(f"declines: {str(error).splitlines()[-2].strip() if chr(10) in str(error) else error}")
-
-
-def free_gib() -> float:
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0] / 2**30
 
 
 @pytest.mark.parametrize("seqlen", [200, 333])
@@ -242,8 +238,7 @@ def test_gradients_beyond_2_to_the_31_elements() -> None:
     """q, k, v and their gradients of 2.3e9 elements each: the last batch element equals itself alone."""
     if PROVIDERS["triton"].unavailable_reason():
         pytest.skip("needs our kernels")
-    if free_gib() < 32:
-        pytest.skip("needs 32 GiB of free GPU memory")
+    needs_memory(32)
     shape = (23, 8192, 48, 256)
     assert math.prod(shape) > 2**31
     q = torch.zeros(shape, device="cuda", dtype=BF16)
@@ -262,11 +257,24 @@ def test_gradients_beyond_2_to_the_31_elements() -> None:
     torch.testing.assert_close(grad[-1:], expected, atol=0, rtol=0)
 
 
+def test_torch_whatever_the_layout_of_the_gradient() -> None:
+    """torch's plan of cuDNN's backward is for the layout that the first call's gradient has."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 320, 4, 128, device="cuda", dtype=BF16).requires_grad_() for _ in range(3)]
+    dout = torch.randn(2, 4, 320, 128, device="cuda", dtype=BF16).transpose(1, 2)
+
+    def gradients(dout: Tensor) -> tuple[Tensor, ...]:
+        with use_provider("torch_sdpa"):
+            return torch.autograd.grad(hfp.attention(*leaves, AttentionMask()), leaves, dout)
+
+    for got, want in zip(gradients(dout), gradients(dout.contiguous())):
+        torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.exclusive
 def test_torch_beyond_what_its_kernels_count() -> None:
     """A query of more elements than torch's flash backward can count: in parts, each equal to itself alone."""
-    if free_gib() < 40:
-        pytest.skip("needs 40 GiB of free GPU memory")
+    needs_memory(40)
     torch.manual_seed(0)
     q = torch.randn(400, 1, 4, 128, device="cuda", dtype=BF16).expand(-1, 10496, -1, -1).contiguous().requires_grad_()
     k, v = (torch.randn(400, 128, 4, 128, device="cuda", dtype=BF16).requires_grad_() for _ in range(2))

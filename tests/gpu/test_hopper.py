@@ -22,6 +22,7 @@ from hf_flash_plus.inputs import AttentionInputs
 from hf_flash_plus.kernels.hopper import forward_launch
 from hf_flash_plus.masks import AttentionMask
 from tests.gpu.compiling import Compilation, kind_of_mask, unless_parallel
+from tests.gpu.memory import needs_memory
 from tests.kernels.cases import REFERENCE, Built, Case, assert_within, build, eager, poisoned_allocations
 
 pytestmark = pytest.mark.gpu
@@ -357,6 +358,7 @@ def test_cuda_graph(mask: str) -> None:
 @pytest.mark.exclusive
 def test_offsets_beyond_32_bits() -> None:
     """The last batch element lies behind 2^31 elements."""
+    needs_memory(12)
     q = torch.empty(23, 8192, 48, 256, device="cuda", dtype=BF16)  # 2.3e9 elements, 4.6 GB
     q[-1].normal_()
     whole = AttentionInputs(q, q, q, 0.1, AttentionMask(window=(64, 0)))

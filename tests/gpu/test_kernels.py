@@ -17,6 +17,7 @@ import hf_flash_plus
 from hf_flash_plus.masks import AttentionMask, additive
 from hf_flash_plus.providers.triton import TritonProvider
 from tests.gpu.compiling import Compilation, unless_parallel
+from tests.gpu.memory import needs_memory
 from tests.kernels.cases import FEATURES, Case, build, check
 
 pytestmark = pytest.mark.gpu
@@ -183,6 +184,7 @@ def test_more_heads_than_65535() -> None:
 @pytest.mark.exclusive
 def test_offsets_beyond_32_bits() -> None:
     """The last batch element lies behind 2^31 elements, of inputs and outputs."""
+    needs_memory(12)
     q = torch.empty(23, 8192, 48, 256, device="cuda", dtype=BF16)  # 2.3e9 elements, 4.6 GB
     q[-1].normal_()
     with hf_flash_plus.use_provider("triton"):

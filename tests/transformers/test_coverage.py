@@ -20,6 +20,7 @@ import transformers
 
 from hf_flash_plus.coverage import judge as judging
 from hf_flash_plus.coverage.cells import CHECKS, DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
+from hf_flash_plus.coverage.choices import Choices
 from hf_flash_plus.coverage.compare import collect, error, identical, real_positions
 from hf_flash_plus.coverage.exceptions import reference
 from hf_flash_plus.coverage.find import model_types
@@ -173,6 +174,108 @@ def test_low_precision_measures_the_reference_more_than_once(monkeypatch: pytest
 
     assert verdict([0.06, 0.01]) == EXACT
     assert verdict([0.04, 0.01]) == DIFFERENT
+
+
+class _Router:
+    """A model whose two experts are nearly equal, so that rounding decides; ``wrong`` is an error in attention."""
+
+    def __init__(self, better: int, wrong: float = 0.0) -> None:
+        self.better, self.wrong = better, wrong
+
+    def run(self) -> dict[str, torch.Tensor]:
+        scores = torch.zeros(1, 2)
+        scores[0, self.better] = 1e-3
+        chosen = scores.topk(1).indices
+        return {"x": torch.tensor([[1.0, -1.0]]).gather(1, chosen) + self.wrong}
+
+
+@pytest.mark.parametrize("wrong,outcome", [(0.0, EXACT), (1e-3, EXACT), (0.1, DIFFERENT)])
+def test_low_precision_may_choose_otherwise(wrong: float, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another expert is no error; an error is one, whatever is chosen."""
+    models = {("eager", torch.float32): _Router(0), ("eager", torch.bfloat16): _Router(0)}
+    models["flash_plus", torch.bfloat16] = _Router(1, wrong)
+    settings = Settings(dtype=torch.bfloat16)
+    subject: Any = SimpleNamespace(
+        model_type="llama", settings=settings, model=lambda *key: models[key], forget=lambda *args: None
+    )
+    monkeypatch.setattr(judging, "_low_precision_errors", lambda *args: [0.0])
+    expected, actual = models["eager", torch.float32].run(), models["flash_plus", torch.bfloat16].run()
+    assert (expected["x"] - actual["x"]).abs() > 1
+    cell = judging._low_precision(subject, lambda model, dtype: model.run(), expected, actual, None, "eager")
+    assert cell.outcome == outcome and ("choices" in cell.note) == (outcome == EXACT)
+
+
+def test_choices_are_repeated_where_the_runs_are_alike() -> None:
+    choices, first, second = Choices(), torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[1.0, 2.0, 3.0]])
+    with choices.recorded():
+        torch.topk(first, 2, dim=-1)
+        first.argmax(dim=-1)
+    assert len(choices) == 2
+    with choices.repeated():
+        values, indices = torch.topk(input=second, k=2)
+        chosen = torch.argmax(second, -1)
+    assert indices.tolist() == [[0, 2]] and values.tolist() == [[1.0, 3.0]] and chosen.tolist() == [0]
+    assert second.argmax(-1).tolist() == [2], "as before"
+    for others in (lambda: second.argmax(-1), lambda: torch.topk(second[:, :2], 2), lambda: torch.topk(second, 2)):
+        with pytest.raises(LookupError), choices.repeated():
+            others()
+
+
+def test_what_eager_cannot_do_in_low_precision_is_not_runnable() -> None:
+    row = run_row("fnet", ["forward", "gradients", "patch"], Settings(dtype=torch.bfloat16))
+    assert {cell.outcome for cell in row.cells.values()} == {NOT_RUNNABLE}
+    assert all("eager itself fails" in cell.note for cell in row.cells.values())
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=["torch", "cublas", "triton"],
+)
+def test_a_full_gpu_is_no_difference(problem: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the model is loaded, nor in a check; the row is to be run again."""
+    from hf_flash_plus.coverage import checks, worker
+    from hf_flash_plus.coverage.pool import is_lost
+
+    def fails(*args: Any) -> Any:
+        raise problem
+
+    with monkeypatch.context() as patch:
+        patch.setitem(checks.FUNCTIONS, "forward", fails)
+        row = run_row("llama", ["forward"], Settings())
+    assert row.outcome() == NOT_RUNNABLE and row.short_of_memory() and is_lost(row)
+    monkeypatch.setattr(worker, "_kept", fails)
+    row = run_row("llama", ["forward"], Settings())
+    assert row.outcome() == NOT_RUNNABLE and row.short_of_memory()
+    monkeypatch.setattr(worker, "find_subject", lambda *args: judging.brief(problem))
+    assert is_lost(run_row("llama", ["forward"], Settings()))
+
+
+def test_a_row_waits_for_memory_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_flash_plus.coverage import pool
+    from hf_flash_plus.coverage.memory import MEMORY
+
+    runs: list[str] = []
+    free = iter([0.0, 0.0] + [8.0 * 2**30] * 9)
+
+    def run(model_type: str, checks: list[str], settings: Settings) -> Row:
+        runs.append(model_type)
+        missing = model_type == "large" or len(runs) == 1
+        return Row(
+            model_type,
+            runs=True,
+            cls="A",
+            cells={"forward": Cell(NOT_RUNNABLE if missing else EXACT, note=MEMORY * missing)},
+        )
+
+    monkeypatch.setattr(pool, "run_row", run)
+    monkeypatch.setattr(pool, "_free_memory", lambda device: next(free))
+    rows = pool.run_all(["a", "large"], ["forward"], Settings(), processes=1)
+    assert [row.outcome() for row in rows] == [EXACT, NOT_RUNNABLE], "what is too large by itself is not run again"
 
 
 def test_resume_runs_what_is_missing(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from torch import nn
 
 import hf_flash_plus
 from hf_flash_plus import patch_model, patched, unpatch_model
+from hf_flash_plus.coverage.find import find_subject
+from hf_flash_plus.coverage.subject import Settings
 from hf_flash_plus.integration import patch
 
 from .test_registration import _llava
@@ -26,7 +28,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
         result[f"{name}.attributes"] = {
             k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers", "_modules", "config")
         }
-        if hasattr(module, "config"):
+        if isinstance(getattr(module, "config", None), tf.PretrainedConfig):
             result[f"{name}.config"] = {k: repr(v) for k, v in module.config.__dict__.items()}
     return result
 
@@ -57,6 +59,24 @@ def test_round_trip(name: str, before: str) -> None:
     assert snapshot(model) == state, "reversible to the bit"
     assert torch.equal(forward(model, name), before_patch)
     assert unpatch_model(model) is False
+
+
+@pytest.mark.parametrize("name", ["idefics", "vit_mae", "xclip"])
+def test_parts_that_are_no_pretrained_models(name: str) -> None:
+    """They have configs of their own, which loading with flash_plus reaches, too."""
+    subject = find_subject(name, Settings())
+    assert not isinstance(subject, str)
+    model, loaded = subject.model("eager"), subject.model("flash_plus")
+    state = snapshot(model)
+
+    def implementations(model: nn.Module) -> dict[str, str]:
+        found = {part: getattr(module, "config", None) for part, module in model.named_modules()}
+        return {part: c._attn_implementation for part, c in found.items() if isinstance(c, tf.PretrainedConfig)}
+
+    assert set(implementations(model).values()) == {"eager"}
+    patch_model(model)
+    assert implementations(model) == implementations(loaded)
+    assert unpatch_model(model) and snapshot(model) == state
 
 
 def test_patched_serves_through_our_op(monkeypatch) -> None:

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.gpu import recording, sanitizer, suite
+from tests.gpu import memory, recording, sanitizer, suite
 
 ROOT = Path(recording.__file__).resolve().parent.parent.parent
 
@@ -19,19 +20,20 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import os, pathlib, torch
 torch.cuda.is_available = lambda: True
-from tests.gpu import conftest, recording
+from tests.gpu import conftest, memory, recording
 conftest.device_answers = lambda: not os.path.exists("lost")
 recording.SAVE_EVERY = 0.0
-conftest._wait_for_memory = lambda gib: None
+memory.wait_for_memory = lambda gib: None
 from tests.gpu.conftest import (  # noqa
     once, pytest_addoption, pytest_runtest_call, pytest_configure, pytest_runtest_makereport, pytest_runtest_teardown)
 """
 TESTS = """
 import os, pytest
-full = [1]
-def test_full_for_a_moment():
-    import torch
-    if full and "PYTEST_XDIST_WORKER" in os.environ: raise torch.OutOfMemoryError(full.pop())
+import torch
+@pytest.mark.parametrize("full", [
+    [torch.OutOfMemoryError("CUDA out of memory")], [RuntimeError("Triton Error [CUDA]: out of memory")]])
+def test_full_for_a_moment(full):
+    if full and "PYTEST_XDIST_WORKER" in os.environ: raise full.pop()
 def test_good(): pass
 def test_bad(): assert 1 == 2, "one is not two"
 def test_skipped(): pytest.skip("no second device")
@@ -61,14 +63,28 @@ def run(folder: Path, tests: str, *options: str) -> dict[str, object]:
     return loaded
 
 
+def test_tests_wait_for_memory_and_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([4.2, 4.2, 45.0])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**32, 80 * 2**30))
+    monkeypatch.setattr(memory, "free_gib", lambda: next(free))
+    memory.needs_memory(12)  # it comes
+    assert next(free, None) is None
+    with pytest.raises(pytest.skip.Exception, match="needs 90 GiB of GPU memory, the GPU has 80"):
+        memory.needs_memory(90)
+    monkeypatch.setattr(memory, "wait_for_memory", lambda gib: 4.2)
+    with pytest.raises(pytest.skip.Exception, match=r"needs 12 GiB of free GPU memory, others leave 4.2 of 80"):
+        memory.needs_memory(12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["alone", "two processes"])
 def test_a_run(tmp_path: Path, options: tuple[str, ...]) -> None:
     record = run(tmp_path, TESTS, *options)
-    assert (record["passed"], record["failed"], record["skipped"], record["xfailed"]) == (7, 2, 1, 1)
-    assert record["files"] == {"test_some.py": {"error": 1, "failed": 1, "passed": 7, "skipped": 1, "xfailed": 1}}
+    assert (record["passed"], record["failed"], record["skipped"], record["xfailed"]) == (8, 2, 1, 1)
+    assert record["files"] == {"test_some.py": {"error": 1, "failed": 1, "passed": 8, "skipped": 1, "xfailed": 1}}
     assert record["complete"] and record["exit_status"] == 1
-    assert record["repeated_after_out_of_memory"] == len(options) // 2
+    assert record["repeated_after_out_of_memory"] == len(options)
     failures = record["failures"]
     assert isinstance(failures, dict) and "one is not two" in failures["tests/gpu/test_some.py::test_bad"]
     assert "no setup" in failures["tests/gpu/test_some.py::test_error"]

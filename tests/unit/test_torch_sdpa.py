@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,40 @@ def test_a_batch_in_parts(name: str, seqlen_q: int, monkeypatch: pytest.MonkeyPa
     for got, want in zip(run(), whole, strict=True):
         torch.testing.assert_close(got, want)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("at_a_time", [2, 5], ids=["parts", "whole"])
+def test_gradients_reach_sdpa_in_one_layout(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs: cuDNN's backward takes the layout of its first call for that of all others like it."""
+    seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
+            return out.transpose(1, 2).contiguous().transpose(1, 2)  # as the fused kernels lay it out
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            seen.append((tuple(gradient.shape), gradient.stride()))
+            return gradient
+
+    monkeypatch.setattr(torch_sdpa, "CUDNN", frozenset({"cpu"}))
+    monkeypatch.setattr(torch_sdpa, "_batch_at_a_time", lambda q: at_a_time)
+    monkeypatch.setattr(torch_sdpa.F, "scaled_dot_product_attention", lambda *a, **k: Watched.apply(real(*a, **k)))
+    leaves = [torch.randn(5, 6, 4, 8, requires_grad=True) for _ in "qkv"]
+    dense = torch.randn(5, 4, 6, 8).transpose(1, 2)  # heads before rows
+    expected = None
+    for dout in (dense, dense.contiguous(), dense[:, :1].expand(-1, 6, -1, -1), torch.ones(()).expand(5, 6, 4, 8)):
+        with use_provider("torch_sdpa"):
+            out = hfp.attention(*leaves, AttentionMask())
+        assert out.is_contiguous(), "rows before heads, in parts, too"
+        grads = torch.autograd.grad(out, leaves, dout)
+        if dout.shape == dense.shape and torch.equal(dout, dense):
+            expected = expected or grads
+            assert all(torch.equal(a, b) for a, b in zip(grads, expected))
+    assert len(seen) == 4 * (3 if at_a_time == 2 else 1)
+    assert {strides[1:] for _, strides in seen} == {(8, 32, 1)}
 
 
 @pytest.mark.parametrize(

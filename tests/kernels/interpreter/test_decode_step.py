@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import masking_utils
 
 from hf_flash_plus.dispatch import use_provider
-from hf_flash_plus.integration import carrier, decoding
+from hf_flash_plus.integration import carrier, decoding, mask_interface
 from hf_flash_plus.integration.attention import flash_plus_attention
-from hf_flash_plus.masks import AttentionMask, key_mask_intervals
+from hf_flash_plus.masks import AttentionMask, key_mask_intervals, visible
 
 padding = pytest.importorskip("hf_flash_plus.kernels.padding").padding
 decode_launch = pytest.importorskip("hf_flash_plus.kernels.decode_launch")
@@ -49,6 +50,52 @@ def test_padding_kernel(offset: int, length: int, seqlen_k: int, row_start: int,
 def test_padding_kernel_without_padding(row: int, window: int, span: list[int]) -> None:
     made = padding(None, 20, 0, torch.tensor(row, dtype=torch.int32), window)
     assert made.holes is None and made.carrier.tolist() == [[[span]]]
+
+
+KEEP = torch.ones(2, 40, dtype=torch.bool)
+KEEP[1, :13] = KEEP[1, 30:32] = False
+
+
+@pytest.mark.parametrize("padding_mask", [None, KEEP], ids=["none", "holes"])
+@pytest.mark.parametrize("q_offset", [39, 29, torch.tensor(39), torch.tensor([29])], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [
+        masking_utils.causal_mask_function,
+        masking_utils.sliding_window_causal_mask_function(7),
+        masking_utils.bidirectional_mask_function,  # cross-attention: its row may stand anywhere
+    ],
+    ids=["causal", "window", "full"],
+)
+def test_masks_of_one_row_equal_transformers(
+    function: Any, q_offset: int | torch.Tensor, padding_mask: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that decides on the mask of a decoding step on a GPU, with and without padding, with offsets on the
+    device (static caches) and not."""
+    monkeypatch.setattr(mask_interface, "DENSE_ONE_ROW", frozenset())
+    monkeypatch.setattr(mask_interface, "_launches_on", lambda device: True)
+    made: list[bool] = []
+    one_row = mask_interface._one_row
+
+    def watched(*arguments: Any) -> torch.Tensor | None:
+        found = one_row(*arguments)
+        made.append(found is not None)
+        return found
+
+    monkeypatch.setattr(mask_interface, "_one_row", watched)
+    options = {"batch_size": 2, "q_length": 1, "kv_length": 40, "q_offset": q_offset, "kv_offset": 0}
+    options |= {"mask_function": function, "attention_mask": padding_mask, "device": torch.device("cpu")}
+    dense = masking_utils.sdpa_mask(
+        **options, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=False
+    )
+    ours = mask_interface.flash_plus_mask(**options)
+    mask = carrier.decode(ours, 1, 40).mask
+    seen = visible(mask, 1, 40, torch.device("cpu"))
+    assert torch.equal(torch.ones_like(dense) if seen is None else seen.expand_as(dense), dense)
+    full, causal = masking_utils.bidirectional_mask_function, masking_utils.causal_mask_function
+    moving = isinstance(q_offset, torch.Tensor)
+    flags_do = padding_mask is None and not moving and q_offset == 39 and function in (full, causal)
+    assert made == ([] if flags_do else [not (moving and function is full)])
 
 
 @pytest.mark.parametrize("padded", [True, False])

@@ -47,6 +47,9 @@ class TorchSdpaProvider(Provider):
         q, k, v = inputs.query.transpose(1, 2), inputs.key.transpose(1, 2), inputs.value.transpose(1, 2)
         batch, nheads, seqlen_q, head_dim = q.shape
         nheads_k = k.shape[1]
+        scale = inputs.softmax_scale
+        if scale == 0.0:  # SDPA's fused kernels multiply by it what they have masked with -inf: NaN
+            q, scale = q * 0.0, 1.0
         # A literal 0.0, which SDPA takes also where torch.compile(dynamic=True) has made the argument symbolic.
         dropout_p = inputs.dropout_p if inputs.dropout_p > 0.0 else 0.0
         is_causal = _flags_suffice(inputs)
@@ -62,7 +65,7 @@ class TorchSdpaProvider(Provider):
             if seqlen_q == 1 and (mask is None or mask.shape[1] == 1):
                 # One token: the query heads of a group become rows, and K and V need no copy.
                 packed = q.reshape(batch, nheads_k, groups, head_dim)
-                out = _zeroed(_sdpa(packed, k, v, mask, dropout_p=dropout_p, scale=inputs.softmax_scale), empty)
+                out = _zeroed(_sdpa(packed, k, v, mask, dropout_p=dropout_p, scale=scale), empty)
                 return AttentionOutput(out.reshape(batch, 1, nheads, v.shape[3]))
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
             nheads_k = nheads
@@ -73,7 +76,7 @@ class TorchSdpaProvider(Provider):
             mask,
             dropout_p=dropout_p,
             is_causal=is_causal,
-            scale=inputs.softmax_scale,
+            scale=scale,
             enable_gqa=True if nheads != nheads_k else False,  # noqa: SIM210 (symbolic, as above)
         )
         return AttentionOutput(_zeroed(out, empty).transpose(1, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,9 @@ def run(folder: Path, tests: str, *options: str) -> dict[str, object]:
     (here / "test_some.py").write_text(tests)
     record = folder / "record.json"
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", *options]
-    done = subprocess.run([*command, "--record-file", str(record)], cwd=folder, capture_output=True, text=True)
+    # These tests may themselves run in one of several processes of pytest-xdist.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run([*command, "--record-file", str(record)], cwd=folder, capture_output=True, text=True, env=env)
     assert record.exists(), done.stdout + done.stderr
     loaded: dict[str, object] = json.loads(record.read_text())
     return loaded

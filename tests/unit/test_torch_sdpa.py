@@ -182,3 +182,16 @@ def test_how_much_at_a_time(shape: tuple[int, ...], size: int) -> None:
 
     assert torch_sdpa._batch_at_a_time(OnGpu()) == size  # type: ignore[arg-type]
     assert torch_sdpa._batch_at_a_time(torch.empty(3, 1, 1, 1)) == 3
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_scale_of_zero_weighs_all_visible_keys_alike(causal: bool) -> None:
+    """torch's own fused causal kernel gives NaN: 0 times the -inf of its mask."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 5, 2, 8, requires_grad=True) for _ in range(3))
+    with use_provider("torch_sdpa"):
+        out = hfp.flash_attn_func(q, k, v, softmax_scale=0.0, causal=causal)
+    means = v.cumsum(1) / torch.arange(1, 6)[:, None, None] if causal else v.mean(1, keepdim=True).expand_as(v)
+    torch.testing.assert_close(out, means)
+    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not dq.any() and not dk.any() and dv.isfinite().all()

@@ -48,8 +48,11 @@ class TorchSdpaProvider(Provider):
         batch, nheads, seqlen_q, head_dim = q.shape
         nheads_k = k.shape[1]
         scale = inputs.softmax_scale
-        if scale == 0.0:  # SDPA's fused kernels multiply by it what they have masked with -inf: NaN
+        # SDPA's fused kernels multiply by the scale what they have masked with -inf: only a positive one keeps it hidden.
+        if scale == 0.0:
             q, scale = q * 0.0, 1.0
+        elif scale < 0.0:
+            q, scale = -q, -scale
         # A literal 0.0, which SDPA takes also where torch.compile(dynamic=True) has made the argument symbolic.
         dropout_p = inputs.dropout_p if inputs.dropout_p > 0.0 else 0.0
         is_causal = _flags_suffice(inputs)

@@ -195,3 +195,12 @@ def test_a_scale_of_zero_weighs_all_visible_keys_alike(causal: bool) -> None:
     torch.testing.assert_close(out, means)
     dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
     assert not dq.any() and not dk.any() and dv.isfinite().all()
+
+
+def test_a_negative_scale_hides_what_the_mask_hides() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    with use_provider("torch_sdpa"):
+        out = hfp.flash_attn_func(q, k, v, softmax_scale=-0.3, causal=True)
+    with use_provider("reference"):
+        torch.testing.assert_close(out, hfp.flash_attn_func(q, k, v, softmax_scale=-0.3, causal=True))

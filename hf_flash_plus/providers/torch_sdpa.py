@@ -48,7 +48,7 @@ class TorchSdpaProvider(Provider):
         batch, nheads, seqlen_q, head_dim = q.shape
         nheads_k = k.shape[1]
         scale = inputs.softmax_scale
-        # SDPA's fused kernels multiply what they have masked with -inf by the scale: only a positive one keeps it hidden.
+        # SDPA's fused kernels multiply by the scale what they have masked with -inf: only a positive one keeps that.
         if scale == 0.0:
             q, scale = q * 0.0, 1.0
         elif scale < 0.0:

@@ -82,7 +82,9 @@ def work_name(work: dict[str, Any]) -> str:
             f"work {work!r}: needs kind (of {', '.join(KINDS_OF_WORK)}), batch, seqlen, "
             f"and a layout of {', '.join(LAYOUTS)}."
         )
-    unknown = set(work) - {"kind", "layout", "batch", "seqlen", "new_tokens", "cache", "documents", "peers"}
+    unknown = set(work) - {
+        "kind", "layout", "batch", "seqlen", "new_tokens", "cache", "documents", "peers", "warmup", "repeats",
+    }  # fmt: skip
     if unknown:
         raise ConfigError(f"work {work!r}: unknown {sorted(unknown)}.")
     words = [kind, *([] if layout == "plain" else [layout]), *([work["cache"]] if work.get("cache") else [])]
@@ -171,11 +173,11 @@ def _measure(config: BenchConfig, peers: list[Peer], work: dict[str, Any], devic
 
     for peer in peers:
         steps[peer.name], tokens = make(peer.model, work, device)
-        for _ in range(config.warmup):
+        for _ in range(work.get("warmup", config.warmup)):
             if peer.name not in failed:
                 turn(peer)
         peaks.pop(peer.name, None)  # compiling needs memory of its own
-    for number in range(config.repeats):
+    for number in range(work.get("repeats", config.repeats)):
         first = number % max(len(peers), 1)
         for peer in (*peers[first:], *peers[:first]):
             if peer.name not in failed:

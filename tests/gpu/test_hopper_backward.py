@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
@@ -25,8 +24,7 @@ from tests.kernels.cases import Case, build, check
 pytestmark = pytest.mark.gpu
 
 BF16, FP16 = torch.bfloat16, torch.float16
-#: A mode, and for "split" what computes dq.
-MODES = ("split/portable", "split/hopper", "unordered")
+MODES = ("split", "unordered")
 BASE = Case((), 2, 257, 391, 4, 2, 64, 64, BF16)
 WIDE = replace(BASE, head_dim=128, v_head_dim=128)
 FEATURES = [
@@ -67,7 +65,7 @@ CASES += [
         (640, 640, 8, 32, 8),
     )
 ]
-#: Several query heads to a program, with diagonals through the corners of tiles and elsewhere.
+#: Several query heads to a program: those of all heads that mask come first. Diagonals through corners and elsewhere.
 CASES += [
     Case(("causal",), 8, 640, seqlen_k, 32, 8, dim, dim, BF16)
     for seqlen_k, dim in ((640, 64), (768, 64), (700, 64), (700, 128))
@@ -83,8 +81,7 @@ import torch
 from hf_flash_plus.kernels import launch
 from hf_flash_plus.kernels.hopper import backward_launch
 from tests.kernels.cases import Case, build
-mode, _, kernel = {mode!r}.partition("/")
-backward_launch.DQ_KERNEL = kernel or "portable"
+mode = {mode!r}
 for features in ((), ("causal",), ("packed",), ("left_window", "softcap")):
     for dim in (64, 128):
         built = build(Case(features, 2, 700, 700, 4, 2, dim, dim, torch.bfloat16), "cuda")
@@ -92,13 +89,6 @@ for features in ((), ("causal",), ("packed",), ("left_window", "softcap")):
         backward_launch.backward(built.inputs, out, lse, built.dout, mode=mode)
         torch.cuda.synchronize()
 """
-
-
-def backward(*arguments, mode: str) -> backward_launch.Gradients:  # type: ignore[no-untyped-def]
-    """The backward pass in one of :data:`MODES`."""
-    mode, _, kernel = mode.partition("/")
-    with mock.patch.object(backward_launch, "DQ_KERNEL", kernel or "portable"):
-        return backward_launch.backward(*arguments, mode=mode)
 
 
 class Hopper(TritonProvider):
@@ -109,7 +99,7 @@ class Hopper(TritonProvider):
 
     def backward(self, inputs, out, softmax_lse, dout, *, bias_grad, sinks_grad):  # type: ignore[no-untyped-def]
         assert backward_launch.backward_reason(inputs) is None
-        dq, dk, dv, delta = backward(inputs, out, softmax_lse, dout, mode=self.mode)
+        dq, dk, dv, delta = backward_launch.backward(inputs, out, softmax_lse, dout, mode=self.mode)
         dsinks = _sinks_gradient(inputs.sinks, softmax_lse, delta) if sinks_grad else None
         return AttentionGradients(dq, dk, dv, None, dsinks)
 
@@ -121,16 +111,15 @@ def _compile(case: Case, mode: str) -> None:
     from tests.kernels.aot.test_hopper_backward import hopper_launches
 
     built = build(case, "cuda")
-    for one in hopper_launches(built.inputs, mode.partition("/")[0], built.dout).values():
+    for one in hopper_launches(built.inputs, mode, built.dout).values():
         one.warm_up()
     portable = launches(built.inputs, dout=built.dout)
-    for name in ("forward", "dq"):
-        assert isinstance(portable[name], launch.Launch)
-        warm_up(portable[name])
+    assert isinstance(portable["forward"], launch.Launch)
+    warm_up(portable["forward"])
 
 
 def compilations() -> list[Compilation]:
-    """By what main kernels differ in; the two modes without dq in them share one."""
+    """By what main kernels differ in."""
     work = []
     for case in CASES:
         dim = backward_config.block_d(case.head_dim, case.v_head_dim)
@@ -177,25 +166,30 @@ def test_against_float64(case: Case, mode: str) -> None:
 def _run(case: Case, mode: str) -> list[tuple[torch.Tensor, ...]]:
     built = build(case, "cuda")
     output = TritonProvider().forward(built.inputs)
-    return [backward(built.inputs, output.out, output.softmax_lse, built.dout, mode=mode)[:3] for _ in range(20)]
+    return [
+        backward_launch.backward(built.inputs, output.out, output.softmax_lse, built.dout, mode=mode)[:3]
+        for _ in range(20)
+    ]
 
 
-@pytest.mark.parametrize("mode", ["split/portable", "split/hopper"])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("features", [(), ("causal",), ("left_window",), ("packed",)], ids="+".join)
-def test_bitwise_repeatable(features: tuple[str, ...], dim: int, mode: str) -> None:
-    first, *others = _run(Case(features, 2, 1025, 1100, 34, 17, dim, dim, BF16), mode)
+def test_bitwise_repeatable(features: tuple[str, ...], dim: int) -> None:
+    first, *others = _run(Case(features, 2, 1025, 1100, 34, 17, dim, dim, BF16), "split")
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other))
 
 
 def test_mode_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = build(BASE, "cuda").inputs
-    assert backward_launch.mode_for(inputs) == "unordered"
-    assert backward_launch.mode_for(build(replace(WIDE, features=("causal",)), "cuda").inputs) == "split"
-    assert backward_launch.mode_for(replace(inputs, deterministic=True)) == "split"
+    """Short rows: dq from a kernel of its own; long ones: by additions, unless they have to be repeatable."""
+    long, short = (build(Case(("causal",), 1, n, n, 2, 1, 64, 64, BF16), "cuda").inputs for n in (2048, 256))
+    assert backward_launch.mode_for(long) == "unordered"
+    assert backward_launch.mode_for(short) == "split"
+    window = build(Case(("window",), 1, 2048, 2048, 2, 1, 64, 64, BF16), "cuda").inputs
+    assert backward_launch.mode_for(window) == "split"
+    assert backward_launch.mode_for(replace(long, deterministic=True)) == "split"
     monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "1")
-    assert backward_launch.mode_for(inputs) == "split"
+    assert backward_launch.mode_for(long) == "split"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -208,7 +202,7 @@ def test_views_of_one_projection(mode: str) -> None:
     copies = replace(inputs, query=qkv[:, :, 0].clone(), key=qkv[:, :, 1].clone(), value=qkv[:, :, 2].clone())
     output = TritonProvider().forward(views)
     dout = torch.randn(1, 1, 1, 128, device="cuda", dtype=BF16).expand(2, 1000, 8, 128)
-    both = [backward(x, output.out, output.softmax_lse, dout, mode=mode) for x in (views, copies)]
+    both = [backward_launch.backward(x, output.out, output.softmax_lse, dout, mode=mode) for x in (views, copies)]
     for a, b in zip(*both):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
 
@@ -220,7 +214,7 @@ def test_cuda_graph(mode: str, features: tuple[str, ...]) -> None:
     output = TritonProvider().forward(built.inputs)
 
     def run() -> tuple[torch.Tensor, ...]:
-        return backward(built.inputs, output.out, output.softmax_lse, built.dout, mode=mode)[:3]
+        return backward_launch.backward(built.inputs, output.out, output.softmax_lse, built.dout, mode=mode)[:3]
 
     expected = run()
     graph = torch.cuda.CUDAGraph()

@@ -9,26 +9,19 @@ from . import config
 
 
 class Config(NamedTuple):
-    """Compile-time choices; see ``backward._step`` for what ``ds_shared`` and ``early`` mean.
+    """Compile-time choices.
 
     Attributes:
         block_m: query rows of a step.
         stages: tiles of q and dout in flight.
-        skip: leave out the half tile above the diagonal (causal masks, 64 rows a step).
         rotate: programs start at different query tiles, so that their additions to dq do not collide (no mask).
-        any_mask: one loop with a branch around the mask also for causal masks, instead of two loops.
-        consumer_registers, producer_registers: a thread's; twice the first and once the second are at most 512.
+        other_registers: a thread's in the warps that load and store; those that compute get the rest.
     """
 
     block_m: int
     stages: int = 2
-    ds_shared: bool = True
-    early: int = 1
-    skip: bool = True
     rotate: bool = True
-    any_mask: bool = False
-    consumer_registers: int = 240
-    producer_registers: int = 24
+    other_registers: int = 24
 
 
 def block_d(head_dim: int, v_head_dim: int) -> int:
@@ -36,14 +29,11 @@ def block_d(head_dim: int, v_head_dim: int) -> int:
     return 64 if max(head_dim, v_head_dim) <= 64 else 128
 
 
-# The order of waits (`early`) was measured on an H200: at 128 columns 1 is the fastest with a causal mask and 2
-# without, at 64 columns 0. Beside a mask with a branch, 2 leaves too few registers at 128 columns. Without dq, ds from
-# registers does not fit at 64 columns.
-def select(dim: int, masked: bool, with_dq: bool) -> Config:
-    """The configuration for a padded head dimension, with or without any mask, with or without dq."""
+def select(dim: int, with_dq: bool) -> Config:
+    """The configuration for a padded head dimension, with or without dq (whose buffers take a third stage's memory)."""
     if dim == 64:
-        return Config(128, ds_shared=not with_dq, early=0)
-    return Config(64, early=1 if masked else 2)
+        return Config(128)
+    return Config(64, stages=2 if with_dq else 3)
 
 
 @dataclass(frozen=True)

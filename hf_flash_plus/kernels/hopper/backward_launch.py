@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import settings
 from ...inputs import AttentionInputs
 from ...masks import AttentionMask
-from .. import launch, tiles
+from .. import tiles
 from . import backward_config, backward_dq_launch, forward_launch, replay
 from .backward_config import Config
 from .launching import Launch, Plan, descriptor, layout_reason, stride_classes
@@ -26,18 +26,14 @@ BLOCK_N = 128
 PADDED = 128  # rows are padded to a multiple of this
 NO_BOUND = 2**30
 
-#: How dq comes about: from a kernel of its own (bitwise repeatable), or by atomic additions in any order.
+#: How dq comes about: from a kernel of its own (bitwise repeatable), or by additions in any order.
 MODES = {"split": 0, "unordered": 1}
 
-#: What computes dq in the mode "split": "portable", or "hopper" (``backward_dq``, which was part of the redesign of
-#: 2026-11-25 whose gradients differed between runs at head dimension 128: which of its kernels did that is not known).
-DQ_KERNEL = "portable"
-
-#: The mode where nobody asked for repeatable gradients, by padded head dimension and whether the call has a mask:
-#: "split" unless that costs more than a tenth. TFLOP/s of the whole backward on an H200, split / unordered:
-#: B4 S4096 H16 D128 full 454 / 534, causal 447 / 473; S16384 causal 511 / 521; H32/8 causal 443 / 432;
-#: B4 S4096 H32 D64 full 401 / 500, causal 383 / 432.
-DEFAULT_MODE = {(128, True): "split", (128, False): "unordered", (64, True): "unordered", (64, False): "unordered"}
+#: Where rows see few keys, the sums of dq cost more than the two products that "split" computes twice. Up to this many
+#: keys a row, by padded head dimension, a call is "split" also where nobody asked for repeatable gradients.
+#: TFLOP/s of the whole backward on an H100, split / unordered, D128: B32 S512 causal 191 / 176, full 310 / 263;
+#: B4 S4096 causal 474 / 531, full 505 / 580. At 64 columns the border is an estimate from the times at S4096.
+SPLIT_KEYS = {128: 512, 64: 256}
 
 LOG2E = 1.4426950408889634
 
@@ -58,7 +54,11 @@ def gluon_reason() -> str | None:
     if reason is not None:
         return reason
     try:
+        from triton._C.libtriton import gluon_ir
+
         from . import backward  # noqa: F401
+
+        gluon_ir.GluonOpBuilder.create_async_tma_reduce  # noqa: B018  (what `backward.reduce_add` calls)
     except Exception as error:  # experimental: what is there may differ between builds of one version
         return f"the Gluon of this Triton lacks something ({type(error).__name__}: {error})"
     return None
@@ -114,13 +114,24 @@ def backward_reason(inputs: AttentionInputs) -> str | None:
     return None
 
 
+def _keys_of_a_row(inputs: AttentionInputs) -> int:
+    """How many keys rows see on average, by the flags; with row intervals a guess."""
+    mask, rows, keys = inputs.mask, inputs.query.shape[1], inputs.key.shape[1]
+    left, right = mask.window
+    if mask.causal:
+        right = 0
+    seen = keys if right < 0 else max(keys - rows // 2, keys // 2)
+    if mask.row_intervals is not None:
+        seen = keys // 2
+    return min(seen, left + max(right, 0) + 1) if left >= 0 else seen
+
+
 def mode_for(inputs: AttentionInputs) -> str:
     """The mode of a call, see :data:`MODES`."""
     if inputs.deterministic or torch.are_deterministic_algorithms_enabled() or settings.deterministic():
         return "split"
-    mask = inputs.mask
-    masked = mask.causal or mask.windowed or mask.row_intervals is not None
-    return DEFAULT_MODE[backward_config.block_d(inputs.query.shape[3], inputs.value.shape[3]), masked]
+    dim = backward_config.block_d(inputs.query.shape[3], inputs.value.shape[3])
+    return "split" if _keys_of_a_row(inputs) <= SPLIT_KEYS[dim] else "unordered"
 
 
 class Bounds(NamedTuple):
@@ -215,8 +226,7 @@ def take_apart(
         return None
     dim = backward_config.block_d(q.shape[3], v_head_dim)
     if config is None:
-        masked = bounds.has_left or bounds.has_right or mask.row_intervals is not None
-        config = backward_config.select(dim, masked, MODES[mode] > 0)
+        config = backward_config.select(dim, MODES[mode] > 0)
     n_tiles_k, splits, group = _cdiv(keys, BLOCK_N), 1, nheads // nheads_k
     # Query heads of a group are dealt to several programs where there would be too few to fill the device.
     n_cores = tiles.device_info(q.device).n_cores
@@ -331,11 +341,15 @@ def lists_launch(parts: Parts, buffers: Buffers) -> Launch:
 
 
 @cache
-def _layouts() -> tuple[Any, Any]:
+def _layouts() -> tuple[Any, Any, Any]:
     """How tiles, and the numbers of rows, lie in shared memory."""
     from triton.experimental.gluon import language as gl
 
-    return gl.NVMMASharedLayout(128, 16, rank=4), gl.NVMMASharedLayout(0, 32, rank=1)
+    return (
+        gl.NVMMASharedLayout(128, 16, rank=4),
+        gl.NVMMASharedLayout(0, 32, rank=1),
+        gl.NVMMASharedLayout(0, 32, rank=2),
+    )
 
 
 def _descriptor(tensor: Tensor, block: int, dim: int) -> Any:
@@ -345,6 +359,11 @@ def _descriptor(tensor: Tensor, block: int, dim: int) -> Any:
 
 def _row_descriptor(tensor: Tensor, block: int) -> Any:
     return descriptor(tensor.view(-1), [block], _layouts()[1])
+
+
+def _sums_descriptor(sums: Tensor) -> Any:
+    """The sums of dq for additions of whole tiles, which are 32 KiB each."""
+    return descriptor(sums.view(-1, 128), [64, 128], _layouts()[2])
 
 
 def _section(parts: Parts) -> int:
@@ -365,7 +384,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     heads_per_split = group // parts.splits
     grouped = heads_per_split > 1
     n_heads = parts.splits * batch * nheads_k
-    if listed or bounds.has_left or (masked and (config.any_mask or grouped)):
+    if listed or bounds.has_left:
         mask = 2
     else:
         mask = int(masked)
@@ -376,8 +395,9 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     arguments = (
         _descriptor(parts.q, block_m, dim), _descriptor(parts.k, BLOCK_N, dim), _descriptor(parts.v, BLOCK_N, dim),
         _descriptor(parts.dout, block_m, dim), _row_descriptor(buffers.start, block_m),
-        _row_descriptor(buffers.minus_delta, block_m), _row_descriptor(row_bounds, block_m), dk, dv, buffers.dq_sums,
-        buffers.entries, buffers.counts, buffers.row_bounds, list_stride, nheads, nheads_k, heads_per_split,
+        _row_descriptor(buffers.minus_delta, block_m), _row_descriptor(row_bounds, block_m),
+        None if buffers.dq_sums is None else _sums_descriptor(buffers.dq_sums), dk, dv, buffers.entries,
+        buffers.counts, buffers.row_bounds, list_stride, nheads, nheads_k, heads_per_split,
         parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2),
         parts.n_tiles_q, n_heads, _section(parts) if section is None else section, bounds.right, bounds.left,
         parts.scale, parts.scale * LOG2E, 2.0 * LOG2E * parts.scale / softcap if softcap else 0.0, softcap * LOG2E,
@@ -397,13 +417,10 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         "TAIL": keys % BLOCK_N != 0,
         "ROTATE": config.rotate and mask == 0 and mode == MODES["unordered"],
         "WITH_DQ": mode == MODES["unordered"],
-        "DS_SHARED": config.ds_shared,
-        "EARLY": config.early,
         # The diagonal runs through the corners of tiles where row i sees keys up to i.
         "ALIGNED": mask == 1 and bounds.right == 0,
-        "SKIP": config.skip and mask == 1 and bounds.right == 0 and block_m == 64 and not grouped,
-        "CONSUMER_REGISTERS": config.consumer_registers,
-        "PRODUCER_REGISTERS": config.producer_registers,
+        "OTHER_REGISTERS": config.other_registers,
+        "num_warps": 8,
     }
     key = (parts.q.device.index, parts.q.dtype, dk.dtype)
     return _launch("main", parts.n_tiles_k * n_heads, arguments, options, key)
@@ -515,13 +532,11 @@ def backward(
     if parts.mode:
         if likeness is not None and splits == 1 and not (first_row or first_key):
             _remember(likeness, launches, given, (dq, dk, dv, delta), buffers)
-    elif DQ_KERNEL == "hopper":
+    else:
         summary, last = backward_dq_launch.prepare(inputs, parts, buffers, dq[:, first_row:])
         if summary is not None:
             summary.run()
         last.run()
-    else:
-        launch.dq_launch(launch.prepare(inputs), dout, softmax_lse, delta, dq, None).run()
     if splits == 1:
         return Gradients(dq, dk[0], dv[0], delta)
     return Gradients(dq, dk.sum(0).to(q.dtype), dv.sum(0).to(q.dtype), delta)

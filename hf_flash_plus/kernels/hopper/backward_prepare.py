@@ -86,13 +86,14 @@ def row_numbers(
         rows, intervals_ptr, intervals_stride_s, intervals_stride_c, seqlen_q, seqlen_k, window_left, window_right,
         HAS_INTERVALS, HAS_LEFT, HAS_RIGHT,
     )  # fmt: skip
+    # No load waits for another; what rows that weigh nothing hold is dropped afterwards.
     lse = tl.load(lse_ptr + batch_head * lse_stride + rows, mask=row_ok, other=float("inf"))
     seen = row_ok & (end > start) & (tl.abs(lse) != float("inf"))
     out_base = out_ptr + batch * out_stride_b + head * out_stride_h + first_row.to(tl.int64) * out_stride_s
     dout_base = dout_ptr + batch * dout_stride_b + head * dout_stride_h + first_row.to(tl.int64) * dout_stride_s
-    out = load_tile(out_base, local_rows[:, None] * out_stride_s + dims[None, :], seen, V_HEAD_DIM, True)
-    dout = load_tile(dout_base, local_rows[:, None] * dout_stride_s + dims[None, :], seen, V_HEAD_DIM, True)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
+    out = load_tile(out_base, local_rows[:, None] * out_stride_s + dims[None, :], row_ok, V_HEAD_DIM, True)
+    dout = load_tile(dout_base, local_rows[:, None] * dout_stride_s + dims[None, :], row_ok, V_HEAD_DIM, True)
+    delta = tl.where(seen, tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1), 0.0)
     tl.store(delta_ptr + batch_head * lse_stride + rows, delta, mask=row_ok)
     at = (batch_head * n_tiles_q + tile) * BLOCK_M + local_rows
     tl.store(minus_delta_ptr + at, -delta)

@@ -36,6 +36,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .primitives import retire
+
 LOG2E = gl.constexpr(1.4426950408889634)
 
 
@@ -712,16 +714,18 @@ def attention_backward(
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    dirty_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    dirty_full = kv_full
+    if LISTED:
+        dirty_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+        mbarrier.init(dirty_full, count=1)
     for b in gl.static_range(2):
         mbarrier.init(kv_full.index(b), count=1)
     for b in gl.static_range(STAGES):
         mbarrier.init(q_full.index(b), count=1)
         mbarrier.init(dout_full.index(b), count=1)
-    mbarrier.init(dirty_full, count=1)
     ds_smem = q_smem
     dq_smem = q_smem
-    dq_free = dirty_full
+    dq_free = kv_full
     if WITH_DQ:
         ds_smem = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], SWIZZLED)
         dq_smem = gl.allocate_shared_memory(gl.float32, [64, 128], dq_desc.layout)
@@ -775,3 +779,10 @@ def attention_backward(
             [1],
             [OTHER_REGISTERS],
         )  # fmt: skip
+    retire(kv_full)
+    retire(q_full)
+    retire(dout_full)
+    if LISTED:
+        mbarrier.invalidate(dirty_full)
+    if WITH_DQ:
+        mbarrier.invalidate(dq_free)

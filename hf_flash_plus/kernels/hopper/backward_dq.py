@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .forward import _clean_v as clean_rows
 from .forward import _wait as wait_use
 from .forward import tma_load
-from .primitives import tanh
+from .primitives import retire, tanh
 from .schedule import (
     CAUSAL,
     FULL,
@@ -453,3 +453,13 @@ def attention_backward_dq(
         [4, 1, 1, 1],
         [C.consumer_registers, C.other_registers, C.other_registers, C.other_registers],
     )
+    retire(tile_full)
+    retire(tile_empty)
+    retire(q_full)
+    retire(q_empty)
+    retire(dout_full)
+    retire(dout_empty)
+    retire(k_full)
+    retire(v_full)
+    retire(raw)
+    retire(block_done)

@@ -35,6 +35,7 @@ from .primitives import (
     finish_claim,
     give_turn,
     pack,
+    retire,
     softmax_step,
     start_claim,
     take_turn,
@@ -767,3 +768,13 @@ def attention_forward(
                 C.other_registers,
             ],
         )
+    retire(tile_full)
+    retire(q_empty)
+    retire(q_full)
+    retire(out_full)
+    retire(k_full)
+    retire(v_full)
+    retire(v_raw)
+    retire(slot_done)
+    if C.free_k_first:
+        retire(k_done)

@@ -5,9 +5,25 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def retire(barriers):
+    """Invalidate mbarriers, at the end of a kernel.
+
+    For its own sake it would be needless there. But it keeps their memory theirs until then, also that of those that a
+    variant of the kernel initialises and does not use. Left to itself the compiler puts something else there (what
+    it hands to the warps' partitions, or parts of results), and when the device is taken from the kernel in favour of
+    another process, that is not saved as it is: 8 bytes come back changed (seen on H100s; PTX, too, wants no other
+    access to such memory before ``mbarrier.inval``).
+    """
+    N: gl.constexpr = barriers.shape[0]
+    for i in gl.static_range(N):
+        mbarrier.invalidate(barriers.index(i))
 
 
 @gluon.constexpr_function

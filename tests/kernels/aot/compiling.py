@@ -145,3 +145,29 @@ def launches(
         "dq": launch.dq_launch(parts, dout, lse, lse, q, dscores),
         "dkdv": launch.dkdv_launch(parts, dout, lse, lse, summary, dk, dk, splits),
     }
+
+
+def barriers(ptx: str) -> list[int]:
+    """Where a Gluon kernel's mbarriers lie in its shared memory, in bytes.
+
+    Fails unless each is invalidated, as often as it is initialised: only then the compiler leaves its memory to it
+    until the end (``hopper.primitives.retire`` says what happens otherwise).
+    """
+    base = re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx)
+    addresses = {register: 0 for register in base}
+    for to, of, offset in re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", ptx):
+        if of in base:
+            addresses[to] = int(offset)
+    begun, ended = (
+        [addresses[register] for register in re.findall(rf"mbarrier\.{what}\.shared(?:::cta)?\.b64 \[(%r\d+)\]", ptx)]
+        for what in ("init", "inval")
+    )
+    assert begun and sorted(begun) == sorted(ended), f"mbarriers at {sorted(begun)}, invalidated {sorted(ended)}"
+    lent = [
+        at
+        for count, bits, to in re.findall(r"st\.shared(?:\.v(\d))?\.\w(\d+)\s+\[global_smem\+(\d+)\]", ptx)
+        for at in begun
+        if at - int(count or 1) * int(bits) // 8 < int(to) < at + 8
+    ]
+    assert not lent, f"something else is stored over the mbarriers at {lent}"
+    return begun

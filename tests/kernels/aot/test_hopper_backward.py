@@ -18,7 +18,7 @@ from hf_flash_plus.inputs import AttentionInputs
 from hf_flash_plus.kernels.hopper import backward_dq_launch, backward_launch
 from hf_flash_plus.masks import CAUSAL, FULL, AttentionMask
 
-from .compiling import _BIN, TARGETS, _find, call, compiling_for
+from .compiling import _BIN, TARGETS, _find, barriers, call, compiling_for
 
 if reason := backward_launch.gluon_reason():
     pytest.skip(reason, allow_module_level=True)
@@ -105,6 +105,7 @@ def test_compiles(variant: tuple[str, str, int, int, int, float, torch.dtype, in
             limit = TARGETS["sm90"].shared_memory
             assert kernel.metadata.shared <= limit, f"{name} takes {kernel.metadata.shared} bytes, there are {limit}"
             if name in ("main", "dq"):
+                barriers(kernel.asm["ptx"])
                 with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
                     ptx.write(kernel.asm["ptx"])
                     ptx.flush()

@@ -26,7 +26,7 @@ from hf_flash_plus.inputs import AttentionInputs
 from hf_flash_plus.kernels.hopper import config, forward_launch
 from hf_flash_plus.masks import AttentionMask
 
-from .compiling import _BIN, TARGETS, call, compiling_for
+from .compiling import _BIN, TARGETS, barriers, call, compiling_for
 
 if forward_launch.gluon_reason() is not None:
     pytest.skip(forward_launch.gluon_reason(), allow_module_level=True)
@@ -113,6 +113,7 @@ def test_compiles(variant: Variant) -> None:
             summary.warm_up()
         kernel = launch.warm_up()
     assert kernel.metadata.shared <= TARGETS["sm90"].shared_memory
+    barriers(kernel.asm["ptx"])
     text = assemble(kernel)
     assert not warnings(text), text
     spilled = max(int(n) for n in re.findall(r"(\d+) bytes spill stores", text))

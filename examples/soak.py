@@ -3,8 +3,9 @@
     python examples/soak.py --minutes 10 --result_file soak.json
 
 A LLaMA and a BERT, small and fresh, are trained on random batches (plain, padded, packed) and generate, in random
-order. After a warm-up neither memory nor the number of compiled kernels may grow, and every ``check_every`` steps a
-step is computed a second time, by eager attention in fp32. Exit code 1: something grew, or was wrong.
+order. It begins with one batch of every class that kernels are compiled for (:func:`classes`); after that, and a
+warm-up, no kernel may be compiled and no memory may grow. Every ``check_every`` steps a step is computed a second time,
+by eager attention in fp32. Exit code 1: something grew, came late, or was wrong.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from hf_flash_plus.bench.environment import describe
 from hf_flash_plus.checks.compare import Difference, excess
 
 VOCABULARY = 512
+#: Lengths that kernels treat apart (multiples of 128; up to 8 and 16 rows, which decoding's kernel serves; up to 64
+#: rows; up to 256 keys, where gradients are computed in another way), and some between.
+LENGTHS = (2, 8, 9, 16, 17, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300, 384, 512, 513, 640)
 TASKS = ("train llama", "train llama, padded", "train llama, packed", "train bert", "generate")
 
 
@@ -68,6 +72,35 @@ def build(name: str, implementation: str, dtype: torch.dtype, device: torch.devi
     return BertForSequenceClassification(config).to(device, dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a batch looks like: its sizes, whether some of it is padding, into how many documents a packed row falls."""
+
+    rows: int
+    length: int
+    padded: bool = False
+    documents: int = 1
+    new_tokens: int = 4
+
+
+def classes(args: SoakArguments) -> list[tuple[str, Shape]]:
+    """A batch of every class that kernels are compiled for, by task: lengths on both sides of every limit, one row and
+    the most, with padding and without. Chance alone meets some of them after minutes: a padded batch without padding is
+    one in several hundred."""
+    lengths = sorted({min(length, args.max_length) for length in (*LENGTHS, args.max_length)})
+    new = min(4, args.max_new_tokens)
+    found = []
+    for length in lengths:
+        for rows in range(1, args.max_batch + 1):
+            found += [("generate", Shape(rows, length, padded, new_tokens=new)) for padded in (False, True)]
+        for rows in sorted({1, args.max_batch}):
+            found.append(("train llama", Shape(rows, length)))
+            for task in ("train llama, padded", "train bert"):
+                found += [(task, Shape(rows, length, padded)) for padded in (False, True)]
+        found += [("train llama, packed", Shape(1, length, documents=n)) for n in sorted({1, 2, min(5, length)})]
+    return found
+
+
 class Soak:
     """The models, the chance that decides what comes next, and what was found."""
 
@@ -83,21 +116,30 @@ class Soak:
         self.checks = self.tokens = 0
         self.worst = 0.0
         self.failures: list[str] = []
+        self.warm = False
+        self.kernels = Kernels()
         self.samples: list[dict[str, float]] = []
 
     # --- one step ---
 
-    def batch(self, task: str) -> dict[str, Tensor]:
-        """A random batch for a task."""
+    def batch(self, task: str, shape: Shape | None = None) -> dict[str, Tensor]:
+        """A random batch for a task, of a shape or of a random one."""
         chance, args = self.chance, self.args
-        rows, length = chance.randint(1, args.max_batch), chance.randint(2, args.max_length)
+        if shape is None:
+            rows, length = chance.randint(1, args.max_batch), chance.randint(2, args.max_length)
+        else:
+            rows, length = shape.rows, shape.length
         generator = torch.Generator().manual_seed(chance.randrange(2**31))
         tokens = torch.randint(1, VOCABULARY, (rows, length), generator=generator)
         lengths = torch.randint(1, length + 1, (rows,), generator=generator)
+        if shape is not None:
+            lengths = torch.full((rows,), length)
+            lengths[-1] -= min(length - 1, 1 + length // 3) if shape.padded else 0
         if task == "train llama":
             return self._moved(input_ids=tokens)
         if task == "train llama, packed":
-            positions = torch.cat([torch.arange(n) for n in self._documents(length)])
+            documents = self._documents(length) if shape is None else _equal_parts(length, shape.documents)
+            positions = torch.cat([torch.arange(n) for n in documents])
             return self._moved(input_ids=tokens[:1], position_ids=positions[None])
         index = torch.arange(length)
         # Training pads on the right, generation on the left.
@@ -114,12 +156,12 @@ class Soak:
     def _moved(self, **tensors: Tensor) -> dict[str, Tensor]:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
-    def step(self, task: str, check: bool) -> None:
-        """Draw a batch and do a task with it."""
-        batch = self.batch(task)
+    def step(self, task: str, check: bool, shape: Shape | None = None) -> None:
+        """Draw a batch (of a shape, where one is given) and do a task with it."""
+        batch = self.batch(task, shape)
         self.tokens += batch["input_ids"].numel()
         if task == "generate":
-            new = self.chance.randint(1, self.args.max_new_tokens)
+            new = self.chance.randint(1, self.args.max_new_tokens) if shape is None else shape.new_tokens
             out = self.models["llama"].eval().generate(**batch, max_new_tokens=new, do_sample=False)
             if out.shape[1] != batch["input_ids"].shape[1] + new:
                 self.failures.append(f"generated {tuple(out.shape)} from {tuple(batch['input_ids'].shape)} and {new}")
@@ -185,21 +227,29 @@ class Soak:
                 "step": sum(self.done.values()),
                 "host_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / mib, 1) if pages else 0.0,
                 "device_mib": round(torch.cuda.memory_allocated() / mib, 1) if self.device.type == "cuda" else 0.0,
-                "kernels": compiled_kernels(),
+                "kernels": len(compiled_kernels()),
+                "warm": float(self.warm),
             }
         )
 
     def run(self, save: Callable[[dict[str, Any]], None] = lambda record: None) -> dict[str, Any]:
         """The whole soak, as the record; ``save`` gets what there is of it from time to time."""
         begin, args = time.monotonic(), self.args
+        with self.kernels:
+            return self._run(begin, args, save)
+
+    def _run(self, begin: float, args: SoakArguments, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        first = [(task, None) for task in TASKS * 10] + classes(args)
         hf_flash_plus.dispatch.clear_cache()  # so that the record names the providers of this run
         deadline, sampled, told = begin + 60 * args.minutes, 0.0, begin
         while time.monotonic() < deadline and not 0 < args.max_steps <= sum(self.done.values()):
-            # In turn at first, so that the warm-up meets everything.
             step = sum(self.done.values())
-            task = TASKS[step % len(TASKS)] if step < 10 * len(TASKS) else self.chance.choice(TASKS)
-            self.step(task, check=step % args.check_every == args.check_every - 1)
+            task, shape = first[step] if step < len(first) else (self.chance.choice(TASKS), None)
+            self.step(task, step % args.check_every == args.check_every - 1, shape)
             self.done[task] += 1
+            if not self.warm and step >= len(first) and time.monotonic() - begin > 60 * args.minutes * args.warmup:
+                self.warm = True
+                self.kernels.warm()
             if time.monotonic() - sampled > max(1.0, args.minutes * 60 / 200) or args.max_steps:
                 self.sample()
                 sampled = time.monotonic()
@@ -208,7 +258,10 @@ class Soak:
                 record = self.record(told - begin, finished=False)
                 print(summary(record), flush=True)
                 save(record)
-        self.failures += growth(self.samples, args.warmup)
+        if not self.warm and not args.max_steps:
+            self.failures.append("the time was over before the warm-up was: nothing is known of what grows")
+        self.failures += self.kernels.late()
+        self.failures += growth(self.samples)
         return self.record(time.monotonic() - begin, finished=True)
 
     def record(self, seconds: float, finished: bool) -> dict[str, Any]:
@@ -226,23 +279,87 @@ class Soak:
             "providers": hf_flash_plus.providers_used(),
             "arguments": dataclasses.asdict(self.args),
             "environment": describe(),
+            "warm": self.warm,
+            "late_kernels": self.kernels.late(),
             "samples": self.samples,
         }
 
 
-def compiled_kernels() -> int:
-    """How many kernels Triton has compiled in this run: one folder of its cache each."""
+def _equal_parts(length: int, parts: int) -> list[int]:
+    parts = min(parts, length)
+    return [length // parts + (n < length % parts) for n in range(parts)]
+
+
+def compiled_kernels() -> dict[str, str]:
+    """What Triton has compiled in this run: the folders of its cache, each with the name of its kernel. (It compiles
+    launchers in C, too, which have folders of their own.)"""
     folder = Path(os.environ.get("TRITON_CACHE_DIR", ""))
-    return sum(1 for _ in folder.iterdir()) if os.environ.get("TRITON_CACHE_DIR") and folder.is_dir() else 0
+    if not os.environ.get("TRITON_CACHE_DIR") or not folder.is_dir():
+        return {}
+    return {each.name: _name_in(each) for each in folder.iterdir()}
+
+
+def _name_in(folder: Path) -> str:
+    names = sorted(file.stem for file in folder.glob("*.json") if not file.name.startswith("__grp__"))
+    others = sorted(file.stem for file in folder.iterdir()) if not names and folder.is_dir() else []
+    return (names or others or ["?"])[0]
+
+
+class Kernels:
+    """Which kernels Triton compiles, with the constants and the classes of numbers it compiles them for."""
+
+    def __init__(self) -> None:
+        self.compiled: list[str] = []
+        self._warm: tuple[int, frozenset[str]] | None = None
+        self._knobs: Any = None
+        self._before: Any = None
+
+    def __enter__(self) -> Kernels:
+        try:
+            from triton import knobs
+        except ImportError:  # nothing will be compiled
+            return self
+        self._knobs, self._before = knobs.compilation, getattr(knobs.compilation, "listener", None)
+        knobs.compilation.listener = self._note
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        if self._knobs is not None:
+            self._knobs.listener = self._before
+
+    def _note(self, *, src: Any, metadata: dict[str, Any], **_: Any) -> None:
+        """What Triton tells of each compilation: which kernel, its constants, and of which arguments it knows what."""
+        names = list(getattr(getattr(src, "fn", None), "arg_names", ()))
+
+        def named(values: Any) -> str:
+            told = {names[path[0]] if path and path[0] < len(names) else str(path): what for path, what in values}
+            return ", ".join(f"{name}={what}" for name, what in told.items() if what not in (None, []))
+
+        constants = named(dict(getattr(src, "constants", None) or {}).items())
+        classes = named(dict(getattr(src, "attrs", None) or {}).items())
+        self.compiled.append(f"{metadata.get('name', '?')} with {constants or 'no constants'}; {classes}")
+
+    def warm(self) -> None:
+        """From here on, no kernel may be compiled."""
+        self._warm = (len(self.compiled), frozenset(compiled_kernels()))
+
+    def late(self) -> list[str]:
+        """What was compiled after the warm-up all the same, in words."""
+        if self._warm is None:
+            return []
+        count, folders = self._warm
+        found = [f"compiled after the warm-up: {what}" for what in self.compiled[count:]]
+        new = [name for folder, name in sorted(compiled_kernels().items()) if folder not in folders]
+        return found or [f"in Triton's cache after the warm-up: {name}" for name in new]
 
 
 #: How much more the last quarter of the samples may show than the first one after the warm-up.
 ALLOWED = {"host_mib": 48.0, "device_mib": 2.0, "kernels": 0.0}
 
 
-def growth(samples: list[dict[str, float]], warmup: float) -> list[str]:
+def growth(samples: list[dict[str, float]]) -> list[str]:
     """What grew after the warm-up, in words; medians, because lengths are random."""
-    steady = samples[int(len(samples) * warmup) :]
+    steady = [sample for sample in samples if sample["warm"]]
     quarter = len(steady) // 4
     if not quarter:
         return []

@@ -93,6 +93,8 @@ def describe_signature(signature: CallSignature) -> str:
         features.append(f"{signature.bias} bias" + (" with gradient" if signature.bias_grad else ""))
     if signature.sinks != "none":
         features.append("sinks")
+    if signature.oversized:
+        features.append(f"{signature.oversized} " + ("sequences" if signature.packed else "batch elements"))
     dims = str(signature.head_dim) + (f"/{signature.v_head_dim}" if signature.v_head_dim != signature.head_dim else "")
     return (
         f"{signature.device_type} {str(signature.dtype).removeprefix('torch.')} head_dim {dims} "

@@ -25,8 +25,16 @@ SHORT_QUERY = 16
 MAX_ROW_STRIDE = 2**31 // 512
 
 
+#: A dimension of a CUDA grid but its first one ends here: kernels that put the batch or the heads there end with it.
+MAX_GRID = 65535
+
+
 class CallSignature(NamedTuple):
-    """What decides which provider can serve a call: everything but the data and the sequence lengths."""
+    """What decides which provider can serve a call: everything but the data and the sequence lengths.
+
+    Of the batch nothing is said but where it is larger than a CUDA grid: ``oversized`` is then the number of batch
+    elements, or of packed sequences; else 0.
+    """
 
     device_type: str
     dtype: torch.dtype
@@ -49,6 +57,7 @@ class CallSignature(NamedTuple):
     needs_grad: bool
     needs_lse: bool
     deterministic: bool
+    oversized: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +135,10 @@ class AttentionInputs:
             or (sinks is not None and sinks.requires_grad)
         )
         compiling = torch.compiler.is_compiling()
-        _, _, nheads, head_dim = self.query.shape
+        batch, _, nheads, head_dim = self.query.shape
         _, _, nheads_k, v_head_dim = self.value.shape
+        if mask.packed is not None:
+            batch = mask.packed.cu_seqlens_q.shape[0] - 1
         if compiling:
             nheads, head_dim, nheads_k, v_head_dim = map(_constant, (nheads, head_dim, nheads_k, v_head_dim))
         return CallSignature(
@@ -154,6 +165,7 @@ class AttentionInputs:
             needs_grad,
             self.needs_lse,
             self.deterministic,
+            (_constant(batch) if compiling else batch) if batch > MAX_GRID else 0,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .cells import DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
 from .choices import Choices
 from .compare import Outputs, error, has_nan
+from .device import answers, settle
 from .exceptions import RAISES, reference
 from .find import brief
 from .memory import out_of_memory
@@ -25,6 +27,8 @@ LOW_PRECISION_FACTOR = 2.0
 LOW_PRECISION_FLOOR = 2.0**-8
 #: What is smaller than this part of the largest output is measured as if it were that large.
 LOW_FLOOR = 5e-2
+#: Sets of weights a rounding away that both are measured with, where the weights themselves leave a doubt.
+NEIGHBOURS = 8
 _FP64_TOLERANCE = 1e-7
 #: Half a unit in the last place of fp32.
 _ROUNDING = 2.0**-24
@@ -42,6 +46,7 @@ def judge(
     fp32 = torch.float32
     try:
         expected = observe(subject.model(implementation), fp32)
+        settle(subject.settings.device)
     except Exception as problem:
         return Cell(NOT_RUNNABLE, note=f"{implementation} itself fails: {brief(problem)}")
     if not expected:
@@ -56,12 +61,15 @@ def judge(
     dtype = subject.settings.dtype
     try:
         actual = observe(subject.model(NAME, dtype), dtype)
+        settle(subject.settings.device)
     except NotImplementedError as problem:
         return Cell(REFUSED, note=brief(problem))
     except Exception as problem:
         if out_of_memory(problem):
             note = f"{brief(problem)} (a process may take {subject.settings.memory_gib:g} GiB)"
             return Cell(NOT_RUNNABLE, note=note)
+        if not answers(subject.settings.device):  # nobody else can be asked then, and it was not the reference
+            return Cell(DIFFERENT, note=f"flash_plus loses the device: {brief(problem)}")
         fails = _low_precision_failure(subject, observe, implementation)
         if fails is not None:
             return Cell(NOT_RUNNABLE, note=fails)
@@ -147,6 +155,7 @@ def _low_precision(
     dtype = subject.settings.dtype
     try:
         low = observe(subject.model(implementation, dtype), dtype)
+        settle(subject.settings.device)
     except Exception as problem:
         return Cell(NOT_RUNNABLE, note=_fails(implementation, dtype, problem))
     finally:
@@ -160,10 +169,24 @@ def _low_precision(
     same = _with_same_choices(subject, observe, keep, implementation)
     if same is not None:
         return same
-    worst = max(allowed, *_low_precision_errors(subject, observe, keep, implementation))
-    if value <= LOW_PRECISION_FACTOR * worst:
-        return Cell(EXACT, value, f"with neighbouring weights {implementation}'s own error is {worst:.1e}", allowed)
-    return Cell(DIFFERENT, value, f"root mean square {mean:.1e}, {implementation}'s {mean_allowed:.1e}", allowed)
+    # Where the reference gives other infinities than in fp32, nothing can be said; where flash_plus does, it is wrong.
+    draws = [draw for draw in _neighbours(subject, observe, keep, implementation) if draw[0] < float("inf")]
+    theirs, ours = [draw[0] for draw in draws], [draw[1] for draw in draws]
+    worst = max([allowed, *theirs])
+    middle = (median(ours), median(theirs)) if draws else (float("inf"), 0.0)
+    if value <= LOW_PRECISION_FACTOR * worst and middle[0] <= max(
+        LOW_PRECISION_FACTOR * middle[1], LOW_PRECISION_FLOOR
+    ):
+        note = (
+            f"over {len(draws)} sets of neighbouring weights {implementation}'s own error is up to {worst:.1e}, "
+            f"{middle[1]:.1e} in the middle (flash_plus {middle[0]:.1e})"
+        )
+        return Cell(EXACT, value, note, allowed)
+    note = (
+        f"root mean square {mean:.1e}, {implementation}'s {mean_allowed:.1e}; over {len(draws)} sets of neighbouring "
+        f"weights in the middle {middle[0]:.1e}, {implementation}'s {middle[1]:.1e} (at most {worst:.1e})"
+    )
+    return Cell(DIFFERENT, value, note, allowed)
 
 
 def _with_same_choices(
@@ -211,14 +234,16 @@ def _fails(implementation: str, dtype: torch.dtype, problem: Exception) -> str:
     return f"{implementation} itself fails in {_name(dtype)}: {brief(problem)}"
 
 
-def _low_precision_errors(
+def _neighbours(
     subject: Subject, observe: Observe, keep: dict[str, Tensor] | None, implementation: str
-) -> list[float]:
-    """What low precision costs the reference with weights a rounding away: one draw says little of a sharp model."""
+) -> list[tuple[float, float]]:
+    """What low precision costs the reference, and flash_plus, with weights a rounding away: one draw says little of a
+    sharp model, whose errors with such weights differ by more than an order of magnitude."""
     dtype = subject.settings.dtype
-    models = [build(subject.cls, subject.config, implementation, kind) for kind in (torch.float32, dtype)]
+    kinds = ((implementation, torch.float32), (implementation, dtype), (NAME, dtype))
+    models = [build(subject.cls, subject.config, name, kind) for name, kind in kinds]
     found = []
-    for seed in range(3):
+    for seed in range(NEIGHBOURS):
         generator = torch.Generator().manual_seed(seed)
         state = {
             name: (value * (1 + torch.finfo(dtype).eps * torch.randn(value.shape, generator=generator))).to(dtype)
@@ -227,11 +252,12 @@ def _low_precision_errors(
             for name, value in subject.state.items()
         }
         outputs = []
-        for model, kind in zip(models, (torch.float32, dtype)):
+        for model, (_, kind) in zip(models, kinds):
             model.load_state_dict(state)
             outputs.append(observe(model.to(subject.settings.device), kind))
-        found.append(error(outputs[0], outputs[1], keep, floor=LOW_FLOOR))
-    return [value for value in found if value < float("inf")] or [0.0]
+        theirs, ours = (error(outputs[0], other, keep, floor=LOW_FLOOR) for other in outputs[1:])
+        found.append((theirs, ours))
+    return found
 
 
 def mean_error(expected: Outputs, actual: Outputs, keep: dict[str, Tensor] | None = None) -> float:

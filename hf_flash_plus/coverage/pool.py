@@ -33,8 +33,8 @@ class _Worker:
     done: int = 0
 
 
-def _serve(pipe: Connection, checks: Sequence[str], settings: Settings) -> None:
-    """The loop of a worker process: a model type in, a row out."""
+def _serve(pipe: Connection, settings: Settings) -> None:
+    """The loop of a worker process: a model type and its checks in, a row out."""
     import warnings
 
     import torch
@@ -53,9 +53,10 @@ def _serve(pipe: Connection, checks: Sequence[str], settings: Settings) -> None:
     logging.disable_progress_bar()
     gc.freeze()  # collecting what the libraries hold would take longer than most models
     while True:
-        model_type = pipe.recv()
-        if model_type is None:
+        work = pipe.recv()
+        if work is None:
             return
+        model_type, checks = work
         row = run_row(model_type, checks, settings)
         gc.collect()
         if row.short_of_memory() and _memory_came_back(settings):
@@ -170,12 +171,13 @@ def _rows(
 
     def start() -> _Worker:
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, list(checks), settings), daemon=True)
+        process = context.Process(target=_serve, args=(there, settings), daemon=True)
         process.start()
         there.close()
         return _Worker(process, here)
 
-    waiting = list(reversed(model_types))
+    waiting = [(name, list(checks)) for name in reversed(model_types)]
+    begun: dict[str, Row] = {}  # rows whose process lost the device before it had seen all
     workers = [start() for _ in range(max(1, min(processes, len(waiting))))]
     try:
         while time.monotonic() < end and (waiting or any(worker.model_type for worker in workers)):
@@ -184,8 +186,9 @@ def _rows(
                     if worker.done >= ROWS_PER_PROCESS:
                         _stop(worker)
                         worker = workers[index] = start()
-                    worker.model_type, worker.since = waiting.pop(), time.monotonic()
-                    worker.pipe.send(worker.model_type)
+                    work = waiting.pop()
+                    worker.model_type, worker.since = work[0], time.monotonic()
+                    worker.pipe.send(work)
             busy = [worker for worker in workers if worker.model_type]
             ready = wait([worker.pipe for worker in busy], timeout=1.0)
             for worker in busy:
@@ -196,7 +199,12 @@ def _rows(
                     try:
                         row, usable = worker.pipe.recv()
                         worker.model_type, worker.done = None, worker.done + 1 if usable else ROWS_PER_PROCESS
-                        yield row, seconds
+                        row = _joined(begun, row)
+                        if row.unseen:
+                            begun[name] = row
+                            waiting.append((name, row.unseen))
+                        else:
+                            yield row, seconds
                         continue
                     except (EOFError, OSError):
                         worker.process.join(5)
@@ -207,10 +215,16 @@ def _rows(
                     continue
                 _stop(worker)
                 workers[workers.index(worker)] = start()
-                yield row, seconds
+                yield _joined(begun, row), seconds
     finally:
         for worker in workers:
             _stop(worker)
+
+
+def _joined(begun: dict[str, Row], row: Row) -> Row:
+    """A row with what another process saw of it before."""
+    first = begun.pop(row.model_type, None)
+    return row if first is None else first.completed(row)
 
 
 def _lost(model_type: str, reason: str) -> Row:

@@ -58,18 +58,19 @@ class Subject:
 
     def cast(self, inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """Inputs on the device, floating ones in a precision."""
-        return {name: _to(value, self.settings.device, dtype) for name, value in inputs.items()}
+        return {name: moved(value, self.settings.device, dtype) for name, value in inputs.items()}
 
     def forget(self, implementation: str, dtype: torch.dtype = torch.float32) -> None:
         """Free a model that is not needed again."""
         self._models.pop((implementation, dtype), None)
 
 
-def _to(value: Any, device: str, dtype: torch.dtype) -> Any:
+def moved(value: Any, device: str, dtype: torch.dtype) -> Any:
+    """An input (a tensor, or a list of such) on a device, floating ones in a precision."""
     if isinstance(value, Tensor):
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
     if isinstance(value, (list, tuple)):
-        return type(value)(_to(item, device, dtype) for item in value)
+        return type(value)(moved(item, device, dtype) for item in value)
     return value
 
 

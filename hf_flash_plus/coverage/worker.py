@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import dispatch
 from . import multimodal
 from .cells import CHECKS, DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
 from .checks import FUNCTIONS, generates
+from .device import answers
 from .find import brief, find_subject
 from .inputs import parameters_of
 from .memory import MEMORY, out_of_memory
@@ -30,6 +31,7 @@ class Row:
         providers: on accelerators, which providers served them.
         keeps: per class that keeps its own attention the reason.
         cells: per check its outcome; checks that do not apply are absent.
+        unseen: checks that were not done, because the device stopped working for the process before them.
     """
 
     model_type: str
@@ -43,6 +45,7 @@ class Row:
     providers: list[str] = field(default_factory=list)
     keeps: dict[str, str] = field(default_factory=dict)
     cells: dict[str, Cell] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
 
     @property
     def refused(self) -> bool:
@@ -55,6 +58,22 @@ class Row:
         if not self.runs:
             return NOT_RUNNABLE
         return next((word for word in (DIFFERENT, REFUSED, EXACT) if word in outcomes), NOT_RUNNABLE)
+
+    def completed(self, rest: Row) -> Row:
+        """This row with the checks that it has not seen, from ``rest``, which another process did."""
+        found = rest.cells
+        if not rest.cls:  # nobody answered, or the model did not run this time: without a class, a row is run again
+            cell = next(iter(rest.cells.values()), Cell(NOT_RUNNABLE, note=rest.reason))
+            found = dict.fromkeys(self.unseen, cell)
+        cells = self.cells | {name: cell for name, cell in found.items() if name in self.unseen}
+        return replace(
+            self,
+            cls=rest.cls,
+            cells={name: cells[name] for name in CHECKS if name in cells},
+            unseen=rest.unseen,
+            calls=self.calls + rest.calls,
+            providers=sorted({*self.providers, *rest.providers}),
+        )
 
     def short_of_memory(self) -> bool:
         """Whether something could not be seen for want of GPU memory."""
@@ -164,6 +183,9 @@ def run_row(model_type: str, checks: Sequence[str], settings: Settings) -> Row:
             cell = _checked(name, subject, row.kind)
             if cell is not None:
                 row.cells[name] = cell
+            if not answers(settings.device):
+                row.unseen = [later for later in list(CHECKS)[list(CHECKS).index(name) + 1 :] if later in checks]
+                break
     row.calls = count[0]
     if settings.device != "cpu":
         row.providers = dispatch.providers_used()

@@ -319,7 +319,8 @@ def flash_plus_mask(
     if dense_kind == "additive":
         additive: Tensor = masking_utils.eager_mask(**arguments)
         return additive
-    if dense_kind is not None or not carrier.fits(q_length, kv_length, attention_mask is not None):
+    must_be_dense = dense_kind == "bool" or (dense_kind == "one row" and q_length == 1)
+    if must_be_dense or not carrier.fits(q_length, kv_length, attention_mask is not None):
         return _dense(arguments)
     # Dynamo can compare functions but not read their closures: only the two plain kinds are recognised there.
     plain = mask_function in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)

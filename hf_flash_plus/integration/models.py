@@ -40,6 +40,13 @@ ADDITIVE_MASK_MODELS: dict[str, str] = {
     "deepseek_v4": "appends the bias of its compressed keys to the mask",
 }
 
+#: Families that work on the mask of a single query row themselves: that one is dense, as sdpa gets it. (On the CPU
+#: every mask of one row is.)
+DENSE_ONE_ROW_MODELS: dict[str, str] = {
+    "siglip2": "its pooling query hands the mask to torch.nn.MultiheadAttention",
+    "lightglue": "makes one row for all keypoints and swaps the keys of a pair of images in it",
+}
+
 #: Encoders (``config.model_type``) in which nothing but attention mixes tokens: what their padding computes reaches no
 #: real token, so attention leaves the rows after the last real token out.
 TOKENWISE_ENCODERS = frozenset(
@@ -85,13 +92,15 @@ CLASS_DICT_MODULES: dict[str, str] = {
 
 
 def dense_mask_kind(config: Any) -> str | None:
-    """``"bool"`` or ``"additive"`` where the model of this config reads its masks, so that they must be dense."""
+    """``"bool"`` or ``"additive"`` where the model of this config reads its masks, so that they must be dense;
+    ``"one row"`` where it reads those of a single query row only."""
     return _dense_mask_kind(getattr(config, "model_type", None))
 
 
 @cache  # asked for every mask; configurations are slow to read
 def _dense_mask_kind(model_type: Any) -> str | None:
-    for kind, families in (("bool", DENSE_MASK_MODELS), ("additive", ADDITIVE_MASK_MODELS)):
+    kinds = {"bool": DENSE_MASK_MODELS, "additive": ADDITIVE_MASK_MODELS, "one row": DENSE_ONE_ROW_MODELS}
+    for kind, families in kinds.items():
         if any(_is_of_family(model_type, name) for name in families):
             return kind
     return None

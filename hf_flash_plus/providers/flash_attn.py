@@ -18,14 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inputs import AttentionInputs, CallSignature
+from ..inputs import MAX_GRID, AttentionInputs, CallSignature
 from .base import AttentionOutput, Provider
 
 HALF = frozenset({torch.float16, torch.bfloat16})
-
-
-#: The batch and the heads are dimensions of the kernels' grids.
-MAX_GRID = 65535
 
 
 @dataclass(frozen=True)
@@ -183,6 +179,15 @@ class FlashAttnProvider(Provider):
     def extra_reasons(self, signature: CallSignature) -> list[str]:
         found = _find()
         reasons = []
+        # The batch and the heads are dimensions of the kernels' grids; since version 3, packed sequences are none.
+        if signature.nheads > MAX_GRID:
+            reasons.append(f"its CUDA grid holds {MAX_GRID} heads, these are {signature.nheads}")
+        if signature.oversized and not (signature.packed and not isinstance(found, str) and found[0].number > 2):
+            what = "packed sequences" if signature.packed else "batch elements"
+            reasons.append(
+                f"its CUDA grid holds {MAX_GRID} {what}, these are {signature.oversized}: split the call, or leave the "
+                "choice to automatic selection (torch_sdpa splits it)"
+            )
         if not isinstance(found, str) and found[0].number == 4 and signature.needs_grad:
             if signature.sinks != "none":
                 reasons.append("flash-attn 4 computes no gradient of the sinks")
@@ -196,10 +201,6 @@ class FlashAttnProvider(Provider):
         generation, module, _ = found
         if not inputs.query.numel() or not inputs.key.numel():
             return _nothing_seen(inputs)
-        if max(inputs.batch, inputs.nheads) > MAX_GRID:
-            raise NotImplementedError(
-                f"provider flash_attn: a CUDA grid holds {MAX_GRID}, got batch {inputs.batch}, heads {inputs.nheads}."
-            )
         arguments = generation.arguments(inputs)
         packed = inputs.mask.packed
         if packed is None:

@@ -53,15 +53,71 @@ def test_a_wrong_step_is_seen(factor: float, monkeypatch: pytest.MonkeyPatch) ->
     assert not record["passed"] and any("step" in failure for failure in record["failures"])
 
 
-def sample(host: float = 500.0, device: float = 10.0, kernels: float = 30.0) -> dict[str, float]:
-    return {"step": 0, "host_mib": host, "device_mib": device, "kernels": kernels}
+def sample(host: float = 500.0, device: float = 10.0, kernels: float = 30.0, warm: bool = True) -> dict[str, float]:
+    return {"step": 0, "host_mib": host, "device_mib": device, "kernels": kernels, "warm": float(warm)}
 
 
 def test_growth_is_seen() -> None:
-    assert soak.growth([sample(host=500 + n % 7, device=10 + n % 2) for n in range(100)], 0.2) == []
-    assert soak.growth([sample(kernels=min(n, 20)) for n in range(100)], 0.25) == [], "warming up"
-    (leak,) = soak.growth([sample(host=500 + n) for n in range(100)], 0.2)
+    assert soak.growth([sample(host=500 + n % 7, device=10 + n % 2) for n in range(100)]) == []
+    assert soak.growth([sample(kernels=min(n, 20), warm=n >= 25) for n in range(100)]) == [], "warming up"
+    (leak,) = soak.growth([sample(host=500 + n) for n in range(100)])
     assert "host_mib grew" in leak
-    assert "device_mib grew" in soak.growth([sample(device=10 + n / 10) for n in range(100)], 0.2)[0]
-    assert "kernels grew from 30 to 31" in soak.growth([sample(kernels=30 + n // 80) for n in range(100)], 0.2)[0]
-    assert soak.growth([sample()] * 3, 0.2) == [], "too short to say"
+    assert "device_mib grew" in soak.growth([sample(device=10 + n / 10) for n in range(100)])[0]
+    assert "kernels grew from 30 to 31" in soak.growth([sample(kernels=30 + n // 80) for n in range(100)])[0]
+    assert soak.growth([sample()] * 3) == soak.growth([sample(warm=False)] * 100) == [], "too short to say"
+
+
+def test_every_class_comes_before_chance() -> None:
+    """Both sides of the limits, one row and the most, padded and not, for each task; and each really looks like it."""
+    args = soak.SoakArguments(device="cpu", max_length=300, max_batch=3)
+    run, found = soak.Soak(args), soak.classes(args)
+    assert {task for task, _ in found} == set(soak.TASKS)
+    for task in ("train bert", "train llama, padded", "generate"):
+        shapes = {(s.rows, s.length, s.padded) for name, s in found if name == task}
+        assert {
+            (r, n, p) for r in (1, 3) for n in (2, 16, 17, 128, 129, 256, 257, 300) for p in (True, False)
+        } <= shapes
+    for task, shape in found:
+        batch = run.batch(task, shape)
+        assert tuple(batch["input_ids"].shape) == (shape.rows, shape.length) and shape.length <= 300
+        if "attention_mask" in batch:
+            assert bool(batch["attention_mask"].all()) != shape.padded and batch["attention_mask"].any(1).all()
+        if "position_ids" in batch:
+            assert int((batch["position_ids"] == 0).sum()) == min(shape.documents, shape.length)
+
+
+def test_late_kernels_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled here for a GPU that is not there, by Triton itself."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    @triton.jit
+    def copied(source, to, BLOCK: triton.language.constexpr):  # type: ignore[no-untyped-def]
+        at = triton.language.arange(0, BLOCK)
+        triton.language.store(to + at, triton.language.load(source + at))
+
+    if not hasattr(copied, "arg_names") or not hasattr(copied, "warmup"):
+        pytest.skip("Triton's interpreter compiles nothing")
+
+    def compiled(block: int) -> None:
+        source = triton.compiler.ASTSource(
+            fn=copied, signature={"source": "*fp32", "to": "*fp32", "BLOCK": "constexpr"}, constexprs={"BLOCK": block}
+        )
+        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    before = triton.knobs.compilation.listener
+    with soak.Kernels() as kernels:
+        compiled(64)
+        assert kernels.late() == [] and "copied" in soak.compiled_kernels().values()
+        kernels.warm()
+        assert kernels.late() == []
+        compiled(128)
+        (late,) = kernels.late()
+    assert triton.knobs.compilation.listener is before
+    assert "after the warm-up: copied" in late and "BLOCK=128" in late
+    with soak.Kernels() as unheard:  # where Triton tells nothing, its cache does
+        unheard.warm()
+        triton.knobs.compilation.listener = None
+        compiled(256)
+        assert [line.rpartition(" ")[2] for line in unheard.late()] == ["copied"]

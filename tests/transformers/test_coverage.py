@@ -23,12 +23,12 @@ from hf_flash_plus.coverage.cells import CHECKS, DIFFERENT, EXACT, NOT_RUNNABLE,
 from hf_flash_plus.coverage.choices import Choices
 from hf_flash_plus.coverage.compare import collect, error, identical, real_positions
 from hf_flash_plus.coverage.exceptions import reference
-from hf_flash_plus.coverage.find import model_types
+from hf_flash_plus.coverage.find import find_subject, model_types
 from hf_flash_plus.coverage.inputs import padding
 from hf_flash_plus.coverage.pool import run_all
 from hf_flash_plus.coverage.record import Record, losses, make_header, summarize
 from hf_flash_plus.coverage.report import render
-from hf_flash_plus.coverage.subject import Settings
+from hf_flash_plus.coverage.subject import NAME, Settings, run
 from hf_flash_plus.coverage.tiny_configs import tiny_config
 from hf_flash_plus.coverage.worker import Row, run_row
 
@@ -146,6 +146,117 @@ def test_a_broken_device_costs_no_other_row(monkeypatch: pytest.MonkeyPatch) -> 
     assert [row.outcome() for row in rows] == [EXACT] * 3
 
 
+def test_checks_that_a_lost_device_hid_are_done_by_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What loses the device is told by its own cell; the others are those of a process that has one."""
+    from hf_flash_plus.coverage import checks, pool, worker
+
+    state = {"lost": False}
+
+    def check(outcome: str, loses: bool = False) -> Any:
+        def run(*args: Any) -> Cell:
+            found = Cell(DIFFERENT if state["lost"] else outcome)
+            state["lost"] = state["lost"] or loses
+            return found
+
+        return run
+
+    monkeypatch.setattr(checks, "FUNCTIONS", functions := {})
+    monkeypatch.setattr(worker, "FUNCTIONS", functions)
+    functions |= {name: check(EXACT) for name in CHECKS}
+    functions |= {"right": check(NOT_RUNNABLE, loses=True), "static": check(NOT_RUNNABLE, loses=True)}
+    monkeypatch.setattr(worker, "answers", lambda device: not state["lost"])
+    monkeypatch.setattr(pool, "_usable", lambda device: not state["lost"])
+    rows = pool.run_all(["llama", "gpt2"], list(CHECKS), Settings(), processes=1)
+    assert [row.model_type for row in rows] == ["llama", "gpt2"]
+    for row in rows:
+        assert list(row.cells) == list(CHECKS) and row.cls and not row.unseen
+        assert {name for name, cell in row.cells.items() if cell.outcome == NOT_RUNNABLE} == {"right", "static"}
+        assert row.outcome() == EXACT
+
+    def crashes(*args: Any) -> Cell:
+        import os
+
+        os._exit(5)
+
+    functions["generate"] = crashes
+    (row,) = pool.run_all(["llama"], list(CHECKS), Settings(), processes=1)
+    assert row.outcome() == DIFFERENT and pool.is_lost(row) and row.cells["forward"].outcome == EXACT
+    assert all("code 5" in row.cells[name].note for name in ("inner", "generate", "patch"))
+
+
+def test_flash_plus_answers_for_a_device_that_it_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager would fail after it, too, and must not be blamed."""
+    subject: Any = SimpleNamespace(
+        model_type="llama",
+        settings=Settings(dtype=torch.bfloat16),
+        model=lambda name, dtype=None: name,
+        forget=lambda *args: None,
+    )
+    lost: list[str] = []
+
+    def observe(model: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        if model == NAME:
+            lost.append(model)
+        if lost:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return {"x": torch.ones(2)}
+
+    monkeypatch.setattr(judging, "answers", lambda device: not lost)
+    cell = judging.judge(subject, "forward", observe)
+    assert cell.outcome == DIFFERENT and "loses the device" in cell.note
+
+
+def test_indices_out_of_range_are_found_on_the_cpu() -> None:
+    from hf_flash_plus.coverage import checks
+
+    fits = torch.tensor([3])
+    checks._try_indices(_Lookup(), {"index": fits})
+    checks._try_indices(_Lookup(), {"other": fits})  # a TypeError: the device's own run shows it
+    with pytest.raises(IndexError):
+        checks._try_indices(_Lookup(), {"index": torch.tensor([4])})
+
+
+class _Lookup(torch.nn.Module):
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        return torch.arange(4)[index]
+
+
+def test_what_a_model_remembers_is_no_difference_of_patching() -> None:
+    """qwen3_omni_moe_thinker returns ``rope_deltas`` after it has seen an image."""
+    settings = Settings(dtype=torch.bfloat16)
+    row = run_row("qwen3_omni_moe_thinker", ["generate", "images", "patch"], settings)
+    assert row.calls and row.cells["patch"].outcome == EXACT
+
+
+@pytest.mark.parametrize("wrong, outcome", [(False, EXACT), (True, DIFFERENT)])
+def test_patching_a_model_that_does_not_repeat_itself(
+    wrong: bool, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.modeling_utils import AttentionInterface
+
+    from hf_flash_plus.coverage import checks
+    from hf_flash_plus.integration import patch
+    from hf_flash_plus.integration.attention import flash_plus_attention
+
+    noise, factor = torch.Generator().manual_seed(0), [1.0]
+
+    def restless(*args: Any, **kwargs: Any) -> Any:
+        out, weights = flash_plus_attention(*args, **kwargs)
+        return out * factor[0] * (1 + 1e-3 * torch.rand(out.shape, generator=noise)), weights
+
+    def patch_model(model: Any) -> Any:
+        factor[0] = 1.5 if wrong else 1.0
+        return original(model)
+
+    original = patch.patch_model
+    monkeypatch.setattr(patch, "patch_model", patch_model)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_plus", restless)
+    subject = find_subject("llama", Settings())
+    assert not isinstance(subject, str)
+    cell = checks.patch(subject, "text decoder")
+    assert cell is not None and cell.outcome == outcome and ("from run to run" in cell.note) == (outcome == EXACT)
+
+
 @pytest.mark.slow
 def test_processes_start_without_a_fork_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: in low precision, each process from a server that has the libraries and no CUDA state."""
@@ -168,12 +279,29 @@ def test_low_precision_measures_the_reference_more_than_once(monkeypatch: pytest
     expected = {"x": torch.ones(4)}
     actual = {"x": torch.full((4,), 1.1)}
 
-    def verdict(neighbours: list[float]) -> str:
-        monkeypatch.setattr(judging, "_low_precision_errors", lambda *args: neighbours)
+    inf = float("inf")
+
+    def verdict(*neighbours: tuple[float, float]) -> str:
+        monkeypatch.setattr(judging, "_neighbours", lambda *args: list(neighbours))
         return judging._low_precision(subject, lambda *args: expected, expected, actual, None, "eager").outcome
 
-    assert verdict([0.06, 0.01]) == EXACT
-    assert verdict([0.04, 0.01]) == DIFFERENT
+    assert verdict((0.06, 0.02), (0.01, 0.015), (0.01, 0.02)) == EXACT
+    assert verdict((0.04, 0.02), (0.01, 0.015), (0.01, 0.02)) == DIFFERENT, "0.1 is more than eager ever has"
+    assert verdict((0.06, 0.1), (0.01, 0.03), (0.01, 0.03)) == DIFFERENT, "eager has that rarely, flash_plus always"
+    assert verdict((0.06, 0.02), (inf, 0.9), (0.01, 0.02)) == EXACT
+    assert verdict((0.06, inf), (0.05, inf)) == verdict((inf, inf)) == DIFFERENT
+
+
+def test_neighbouring_weights_are_given_to_both() -> None:
+    """bf16 errors of eager and of flash_plus, in pairs, of the size that bf16 has."""
+    settings = Settings(dtype=torch.bfloat16)
+    subject = find_subject("llama", settings)
+    assert not isinstance(subject, str)
+    draws = judging._neighbours(
+        subject, lambda model, dtype: collect(run(model, subject.cast(subject.inputs, dtype))), None, "eager"
+    )
+    assert len(draws) == judging.NEIGHBOURS and len(set(draws)) > 1
+    assert all(1e-4 < error < 0.1 for draw in draws for error in draw)
 
 
 class _Router:
@@ -198,7 +326,7 @@ def test_low_precision_may_choose_otherwise(wrong: float, outcome: str, monkeypa
     subject: Any = SimpleNamespace(
         model_type="llama", settings=settings, model=lambda *key: models[key], forget=lambda *args: None
     )
-    monkeypatch.setattr(judging, "_low_precision_errors", lambda *args: [0.0])
+    monkeypatch.setattr(judging, "_neighbours", lambda *args: [(0.0, 0.0)])
     expected, actual = models["eager", torch.float32].run(), models["flash_plus", torch.bfloat16].run()
     assert (expected["x"] - actual["x"]).abs() > 1
     cell = judging._low_precision(subject, lambda model, dtype: model.run(), expected, actual, None, "eager")

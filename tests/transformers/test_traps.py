@@ -9,6 +9,9 @@ import torch
 import transformers as tf
 from torch import nn
 
+from hf_flash_plus.coverage.cells import EXACT
+from hf_flash_plus.coverage.subject import Settings
+from hf_flash_plus.coverage.worker import run_row
 from hf_flash_plus.integration import mask_interface
 from hf_flash_plus.integration.attention import flash_plus_attention
 
@@ -434,3 +437,28 @@ def test_a_decoder_computes_its_cross_attention_at_every_row() -> None:
             output = model(ids, encoder_hidden_states=encoded, encoder_attention_mask=padding)
         outputs.append(output.last_hidden_state)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ("siglip2_vision_model", "lightglue"))
+def test_masks_of_one_row_that_models_work_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs the mask of a single query row is a carrier, but not where the model hands it to torch's own attention
+    or swaps its keys."""
+    monkeypatch.setattr(mask_interface, "DENSE_ONE_ROW", frozenset())
+    row = run_row(name, ["forward"], Settings())
+    assert row.calls and {cell.outcome for cell in row.cells.values()} == {EXACT}, row.cells
+
+
+def test_only_their_masks_of_one_row_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_interface, "DENSE_ONE_ROW", frozenset())
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[1, 30:] = False
+    geometry = dict(batch_size=2, kv_length=40, attention_mask=mask)
+    geometry["mask_function"] = tf.masking_utils.bidirectional_mask_function
+
+    def made(model_type: str, rows: int) -> torch.Tensor:
+        config = SimpleNamespace(model_type=model_type)
+        return mask_interface.flash_plus_mask(q_length=rows, config=config, **geometry)
+
+    assert torch.equal(made("siglip2_vision_model", 1), mask[:, None, None])
+    assert torch.equal(made("lightglue", 1), mask[:, None, None])
+    assert made("siglip2_vision_model", 40).dtype == made("bert", 1).dtype == torch.int32

@@ -159,7 +159,8 @@ def test_explain_covers_every_field() -> None:
     )  # fmt: skip
     assert full._replace(device_type="cuda") != plain
     off = {name for name, value in full._asdict().items() if value in (False, "none")}
-    assert off == set()
+    assert off == {"oversized"}, "which is a number of batch elements that no grid holds"
+    assert build_signature(shape=(65536, 1, 8, 64)).oversized == 65536
     assert (full.head_dim, full.v_head_dim, full.nheads, full.nheads_k) == (64, 32, 8, 2)
     assert build_signature(shape=(2, 64, 8, 64), bias="bool").bias == "bool"
     intervals = build_signature(shape=(2, 64, 8, 64), intervals=True)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+import hf_flash_plus
+from hf_flash_plus import dispatch, ops
 from hf_flash_plus.inputs import AttentionInputs
 from hf_flash_plus.masks import AttentionMask
 from hf_flash_plus.providers import PROVIDERS, flash_attn
@@ -40,13 +42,50 @@ def test_empty_calls_are_answered_here(seqlen_q: int, seqlen_k: int, calls: list
     assert all((g == 0).all() for g in grads)
 
 
-@pytest.mark.parametrize("batch, heads, served", [(3, 4, True), (65536, 1, False), (1, 65536, False)])
-def test_what_no_grid_holds_is_refused(batch: int, heads: int, served: bool, calls: list[tuple[Any, ...]]) -> None:
-    q = torch.zeros(batch, 1, heads, 8)
-    inputs = AttentionInputs(q, q, q, 0.3, AttentionMask())
-    if served:
-        PROVIDERS["flash_attn"].forward(inputs)
-    else:
-        with pytest.raises(NotImplementedError, match="a CUDA grid holds 65535"):
-            PROVIDERS["flash_attn"].forward(inputs)
+@pytest.mark.parametrize("batch, heads, served", [(3, 4, True), (65535, 1, True), (65536, 1, False), (1, 65536, False)])
+def test_what_no_grid_holds_goes_to_the_next(
+    batch: int, heads: int, served: bool, calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself torch's SDPA serves it; by name it is an error that says what came and what to do."""
+    monkeypatch.setattr(flash_attn.FlashAttnProvider, "device_types", None)  # the stand-in runs on the CPU
+    monkeypatch.setenv("FLASH_ATTENTION_USE_FLAGGEMS", "FALSE")
+    q = torch.randn(batch, 1, heads, 8, dtype=torch.float16)
+    dispatch.clear_cache()
+    try:
+        out = hf_flash_plus.flash_attn_func(q, q, q)
+        assert dispatch.providers_used() == ["flash_attn" if served else "torch_sdpa"]
+        assert served or torch.allclose(out, q, atol=1e-3), "a row that sees itself alone"
+        with hf_flash_plus.use_provider("flash_attn"):
+            if served:
+                hf_flash_plus.flash_attn_func(q, q, q)
+            else:
+                what = "heads, these are 65536" if heads > 1 else "batch elements, these are 65536: split the call"
+                with pytest.raises(dispatch.NoProviderError, match=f"grid holds 65535 {what}"):
+                    hf_flash_plus.flash_attn_func(q, q, q)
+    finally:
+        dispatch.clear_cache()
     assert bool(calls) == served
+
+
+@pytest.mark.parametrize("generation, served", [(0, True), (1, True), (2, False)], ids=("4", "3", "2"))
+def test_packed_sequences_are_a_grid_dimension_of_the_oldest_only(
+    generation: int, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash_attn, "_find", lambda: (flash_attn.GENERATIONS[generation], SimpleNamespace(), "1"))
+    q = torch.zeros(1, 65536, 2, 8, dtype=torch.float16)
+    cu = torch.arange(65537, dtype=torch.int32)
+    signatures = []
+    monkeypatch.setattr(ops, "attention", lambda inputs, *rest: (signatures.append(inputs.signature()), _stop())[0])
+    with pytest.raises(_Stop):
+        hf_flash_plus.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 1, 1)
+    reasons = PROVIDERS["flash_attn"].extra_reasons(signatures[0])
+    assert signatures[0].oversized == 65536 and signatures[0].packed
+    assert served == (not reasons) and all("packed sequences, these are 65536" in reason for reason in reasons)
+
+
+class _Stop(Exception):
+    pass
+
+
+def _stop() -> None:
+    raise _Stop

@@ -245,7 +245,7 @@ def _weights(
         x = s
     if HIDE:
         first_key = block_key(step, tile, C)
-        if needs_hiding(first_key, tile, p, W, False, C):
+        if needs_hiding(first_key, tile, p, W, C):
             x = hide(x, first_key, tile, row_start, row_end, p, W, LAYOUT, C)
     if C.softcap:
         return gl.exp2(x) * (1.0 - t * t)

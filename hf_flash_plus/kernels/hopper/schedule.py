@@ -290,8 +290,8 @@ def hide(scores, first_key, tile, start, end, p, W: gl.constexpr, LAYOUT: gl.con
 
 
 @gluon.jit
-def needs_hiding(first_key, tile, p, W: gl.constexpr, FIRST_BLOCK: gl.constexpr, C: gl.constexpr):
-    """Whether a block, the first or another of those that need masking, holds keys hidden from some of W's rows.
+def needs_hiding(first_key, tile, p, W: gl.constexpr, C: gl.constexpr):
+    """Whether a block holds keys hidden from some of W's rows.
 
     For row intervals "yes" may stand for "that is not known": of a tile that was looked up, of a warpgroup with a row
     that sees nothing.

@@ -415,10 +415,10 @@ def _bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
 def _hidden(scores, step, tile, row_start, row_end, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
     """The scores of the block at ``step``, those of hidden keys -inf."""
     first_key = block_key(step, tile, C)
-    if needs_hiding(first_key, tile, p, W, C):
-        if C.mode >= WINDOW:
-            scores = hide_outside(scores, first_key, row_start, row_end, LAYOUT, C)
-        else:
+    if C.mode >= WINDOW:
+        scores = hide_outside(scores, first_key, row_start, row_end, tile, p, W, LAYOUT, C)
+    else:
+        if needs_hiding(first_key, tile, p, W, C):
             scores = hide(scores, first_key, tile, row_start, row_end, p, W, LAYOUT, C)
     return scores
 

@@ -264,12 +264,18 @@ def window_bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexp
 
 
 @gluon.jit
-def hide_outside(scores, first_key, start, end, LAYOUT: gl.constexpr, C: gl.constexpr):
-    """Scores of keys outside the rows' bounds to -inf; for WINDOW, with bounds computed before the scores are there,
-    at a tenth of the spills of :func:`hide`."""
+def hide_outside(
+    scores, first_key, start, end, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
+):  # fmt: skip
+    """Scores of keys outside the rows' bounds to -inf, for WINDOW and INTERVALS. Bounds computed before the scores are
+    there spill a tenth of what :func:`hide` does; most blocks cross one side only, and are spared the other's test."""
     keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
-    visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
-    return gl.where(visible, scores, float("-inf"))
+    late, early = hidden_sides(first_key, tile, p, W, C)
+    if late:
+        scores = gl.where(keys[None, :] < end[:, None], scores, float("-inf"))
+    if early:
+        scores = gl.where(keys[None, :] >= start[:, None], scores, float("-inf"))
+    return scores
 
 
 @gluon.jit
@@ -290,6 +296,18 @@ def hide(scores, first_key, tile, start, end, p, W: gl.constexpr, LAYOUT: gl.con
 
 
 @gluon.jit
+def hidden_sides(first_key, tile, p, W: gl.constexpr, C: gl.constexpr):
+    """Whether a block holds keys behind the end of some of W's rows, and keys before the start of some, for WINDOW and
+    INTERVALS; see :func:`needs_hiding`."""
+    if C.mode == WINDOW:
+        low = tile.first_row + W * 64 + p.offset
+        late = first_key + C.block_n > min(low + (p.window_right + 1), p.seqlen_k)
+        return late, first_key < low + 63 - p.window_left
+    else:
+        return first_key + C.block_n > tile.whole_last, first_key < tile.whole_first
+
+
+@gluon.jit
 def needs_hiding(first_key, tile, p, W: gl.constexpr, C: gl.constexpr):
     """Whether a block holds keys hidden from some of W's rows.
 
@@ -303,9 +321,6 @@ def needs_hiding(first_key, tile, p, W: gl.constexpr, C: gl.constexpr):
         return first_key + C.block_n > p.seqlen_k
     elif C.mode == CAUSAL:
         return first_key + C.block_n > tile.first_row + (W * 64 + 1) + p.offset
-    elif C.mode == WINDOW:
-        low = tile.first_row + W * 64 + p.offset
-        late = first_key + C.block_n > min(low + (p.window_right + 1), p.seqlen_k)
-        return late | (first_key < low + 63 - p.window_left)
     else:
-        return (first_key < tile.whole_first) | (first_key + C.block_n > tile.whole_last)
+        late, early = hidden_sides(first_key, tile, p, W, C)
+        return late | early

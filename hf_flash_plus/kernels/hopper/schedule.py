@@ -28,9 +28,11 @@ INTERVALS = gl.constexpr(config.INTERVALS)
 N_FIELDS = gl.constexpr(8)
 TILE, N_BLOCKS, N_END, N_BEGIN, FIRST, LAST, GAPS = (gl.constexpr(i) for i in range(7))
 
-#: A card has these fields (N_BLOCKS is -1 after the last tile; TILE is not used), the tile's place, and from WHOLE on,
-#: by warpgroup, the keys [first, last) that all of its rows see. Summaries of row intervals leave the place out.
+#: A card has these fields (N_BLOCKS is -1 after the last tile; for TILE, with row intervals, whether some rows see
+#: nothing), the tile's place, and from WHOLE on, by warpgroup, the keys [first, last) that all of its rows see that see
+#: anything. Summaries of row intervals leave the place out.
 CARD = gl.constexpr(config.CARD)
+SOME_EMPTY = gl.constexpr(0)
 ROW, BATCH, HEAD, WHOLE = (gl.constexpr(i) for i in range(7, 11))
 
 #: How many cards there are. The slowest warp may be q_buffers + k_stages tiles behind the one that publishes them.
@@ -191,6 +193,7 @@ def publish(number, tiles, slot, p, C: gl.constexpr):
         summary = p.summary_ptr + (batch * p.intervals_batch * n_row_tiles(p, C) + first_row // BLOCK_M) * CARD
         n_blocks = gl.where(gl.load(summary + LAST) > 0, gl.load(summary + N_BLOCKS), 0)
         n_end, n_begin, first = gl.load(summary + N_END), gl.load(summary + N_BEGIN), gl.load(summary + FIRST)
+        write(tiles, at + SOME_EMPTY, gl.load(summary + SOME_EMPTY))
         for field in gl.static_range(LAST, GAPS + 1):
             write(tiles, at + field, gl.load(summary + field))
         for field in gl.static_range(WHOLE, LAST_FIELD):
@@ -311,8 +314,8 @@ def hidden_sides(first_key, tile, p, W: gl.constexpr, C: gl.constexpr):
 def needs_hiding(first_key, tile, p, W: gl.constexpr, C: gl.constexpr):
     """Whether a block holds keys hidden from some of W's rows.
 
-    For row intervals "yes" may stand for "that is not known": of a tile that was looked up, of a warpgroup with a row
-    that sees nothing.
+    For row intervals "yes" may stand for "that is not known" (of a tile that was looked up), and rows that see nothing
+    do not count: see :func:`forward._finish`.
 
     Worth a branch, and the branch keeps ptxas from turning the mask into bit sets ahead of the wait for the scores
     (390 instead of 165 instructions).

@@ -62,7 +62,7 @@ def prepare(
     summary = summary_bounds = tiles = None
     if mode == INTERVALS:
         window = forward_launch._window(inputs, rows, keys)
-        summary = SummaryLaunch(inputs, window, 64 * config.consumers, config.block_n)
+        summary = SummaryLaunch(inputs, window, 64 * config.consumers, config.block_n, True)
         summary_bounds, tiles = summary.bounds, summary.summary
     n_heads = batch * nheads
     # Heads in flight together: those of the key heads whose keys and values fit the cache.

@@ -53,6 +53,7 @@ from .schedule import (
     LAST,
     N_BLOCKS,
     RING,
+    SOME_EMPTY,
     WINDOW,
     Problem,
     block_key,
@@ -380,9 +381,23 @@ def _first_total(weights, total, decay, C: gl.constexpr):
 
 @gluon.jit
 def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
-    """O to shared memory, for the warp that stores, and the log-sum-exp to global memory."""
+    """O to shared memory, for the warp that stores, and the log-sum-exp to global memory.
+
+    Rows that see nothing, in tiles where others do, have taken part unmasked (one of them would else make its tile mask
+    all blocks): what they came to is replaced here, NaN and all.
+    """
     tile = _card(sm, t, W, 4, C)  # once more, instead of registers that live through the loop
-    out_total = gl.convert_layout(total, LAYOUT)[:, None]
+    ROWS: gl.constexpr = top.type.layout
+    weight = total
+    if C.mode == INTERVALS:
+        some_empty = read(sm.tiles, (t % RING) * CARD + SOME_EMPTY, 4)
+        if some_empty > 0:
+            row_start, row_end = row_bounds(tile, p, W, ROWS, C)
+            empty = row_end <= row_start
+            no_top, no_total = _start_softmax(tile, p, ROWS, C)
+            top, total = gl.where(empty, no_top, top), gl.where(empty, no_total, total)
+            weight = gl.where(empty, 0.0, weight)
+    out_total = gl.convert_layout(weight, LAYOUT)[:, None]
     if C.mode >= WINDOW:
         out = gl.where(out_total == 0.0, 0.0, acc * (1.0 / out_total))
     else:
@@ -393,7 +408,7 @@ def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C:
     mbarrier.arrive(sm.out_full.index(at), count=1)
     row = tile.first_row + W * 64
     if row < p.seqlen_q:
-        rows = row + gl.arange(0, 64, top.type.layout)
+        rows = row + gl.arange(0, 64, ROWS)
         lse = (top + gl.log2(total)) * LN2
         base = p.lse_ptr + (tile.batch * p.nheads + tile.head).to(gl.int64) * p.seqlen_q
         gl.store(base + rows, lse, mask=rows < p.seqlen_q)
@@ -415,10 +430,10 @@ def _bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
 def _hidden(scores, step, tile, row_start, row_end, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
     """The scores of the block at ``step``, those of hidden keys -inf."""
     first_key = block_key(step, tile, C)
-    if needs_hiding(first_key, tile, p, W, C):
-        if C.mode >= WINDOW:
-            scores = hide_outside(scores, first_key, row_start, row_end, LAYOUT, C)
-        else:
+    if C.mode >= WINDOW:
+        scores = hide_outside(scores, first_key, row_start, row_end, tile, p, W, LAYOUT, C)
+    else:
+        if needs_hiding(first_key, tile, p, W, C):
             scores = hide(scores, first_key, tile, row_start, row_end, p, W, LAYOUT, C)
     return scores
 

@@ -200,7 +200,9 @@ def _counter(device: torch.device) -> Tensor:
 class SummaryLaunch:
     """The launch that summarises row intervals, and where it puts what it finds."""
 
-    def __init__(self, inputs: AttentionInputs, window: tuple[int, int], block_m: int, block_n: int) -> None:
+    def __init__(
+        self, inputs: AttentionInputs, window: tuple[int, int], block_m: int, block_n: int, empty_rows_hide: bool
+    ) -> None:
         intervals = inputs.mask.row_intervals
         assert intervals is not None
         seqlen_q, seqlen_k = inputs.query.shape[1], inputs.key.shape[1]
@@ -212,7 +214,10 @@ class SummaryLaunch:
         self.grid = (tiles, batch, 1)
         strides = (intervals.stride(0) if batch > 1 else 0, *intervals.stride()[1:])
         self.arguments = (intervals, self.bounds, self.summary, *strides, seqlen_q, seqlen_k, *window)
-        self.options = {"ROWS": block_m, "BLOCK_M": 1 << (block_m - 1).bit_length(), "BLOCK_N": block_n}
+        self.options = {
+            "ROWS": block_m, "BLOCK_M": 1 << (block_m - 1).bit_length(), "BLOCK_N": block_n,
+            "EMPTY_ROWS_HIDE": empty_rows_hide,
+        }  # fmt: skip
 
     def run(self) -> Any:
         """Launch, and return what was compiled."""
@@ -249,7 +254,7 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
     if mode >= WINDOW:
         window = _window(inputs, seqlen_q, seqlen_k)
     if mode == INTERVALS:
-        summary = SummaryLaunch(inputs, window, plan.block_m, plan.config.block_n)
+        summary = SummaryLaunch(inputs, window, plan.block_m, plan.config.block_n, False)
         bounds, tiles = summary.bounds, summary.summary
     n_heads, n_tiles = batch * nheads, -(-seqlen_q // plan.block_m)
     section = _section(batch * nheads_k, seqlen_k * (head_dim + v_head_dim) * q.itemsize) * (nheads // nheads_k)

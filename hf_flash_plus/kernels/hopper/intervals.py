@@ -31,12 +31,14 @@ def summarize_intervals(
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EMPTY_ROWS_HIDE: tl.constexpr,
 ):
     """One program per (tile of ROWS rows, batch element). BLOCK_M is ROWS rounded up to a power of 2.
 
     Bounds are the intervals met with the window and clamped to the keys there are; rows beyond ``seqlen_q`` are empty.
     A window without a side is wider than both lengths. The summary's fields are named in ``schedule``; the last ones
-    are, by 64 rows, the keys that all of these see (none where a row sees nothing).
+    are, by 64 rows, the keys that all of these see. EMPTY_ROWS_HIDE: where a row sees nothing there are no keys that
+    all rows see. Otherwise such rows do not count, and the first field says whether there are any.
     """
     row_tile, batch = tl.program_id(0), tl.program_id(1)
     n_tiles = tl.num_programs(0)
@@ -62,6 +64,9 @@ def summarize_intervals(
         start, end, first_row, intervals_ptr, stride_s, stride_c, tl.minimum(seqlen_q, counted), seqlen_k, window_left,
         window_right, True, True, True, BLOCK_M,
     )  # fmt: skip
+    if not EMPTY_ROWS_HIDE:
+        full_first = tl.max(tl.where(seen, start, 0), axis=0)
+        full_last = tl.min(tl.where(seen, end, NO_KEY), axis=0)
     # A tile that sees nothing gets one block, wholly masked.
     first = tl.minimum(first, last)
     n_blocks = tl.maximum((last - first + (BLOCK_N - 1)) // BLOCK_N, 1)
@@ -81,6 +86,8 @@ def summarize_intervals(
     gaps = (tl.max(apart.to(tl.int32), axis=0) > 0) | (n_runs > 1)
 
     summary = summary_ptr + (batch * n_tiles + row_tile) * CARD
+    if not EMPTY_ROWS_HIDE:
+        tl.store(summary, tl.max((inside & (seen == 0)).to(tl.int32), axis=0))
     tl.store(summary + 1, n_blocks)
     tl.store(summary + 2, n_blocks - n_begin - n_full)
     tl.store(summary + 3, n_begin)
@@ -89,5 +96,8 @@ def summarize_intervals(
     tl.store(summary + 6, gaps.to(tl.int32))
     for group in tl.static_range(ROWS // 64):
         here = inside & (local // 64 == group)
-        tl.store(summary + 10 + 2 * group, tl.max(tl.where(here, tl.where(seen, start, NO_KEY), 0), axis=0))
-        tl.store(summary + 11 + 2 * group, tl.min(tl.where(here, tl.where(seen, end, 0), NO_KEY), axis=0))
+        whole_first, whole_last = tl.where(seen, start, NO_KEY), tl.where(seen, end, 0)
+        if not EMPTY_ROWS_HIDE:
+            here = here & seen
+        tl.store(summary + 10 + 2 * group, tl.max(tl.where(here, whole_first, 0), axis=0))
+        tl.store(summary + 11 + 2 * group, tl.min(tl.where(here, whole_last, NO_KEY), axis=0))

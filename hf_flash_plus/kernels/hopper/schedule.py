@@ -28,9 +28,11 @@ INTERVALS = gl.constexpr(config.INTERVALS)
 N_FIELDS = gl.constexpr(8)
 TILE, N_BLOCKS, N_END, N_BEGIN, FIRST, LAST, GAPS = (gl.constexpr(i) for i in range(7))
 
-#: A card has these fields (N_BLOCKS is -1 after the last tile; TILE is not used), the tile's place, and from WHOLE on,
-#: by warpgroup, the keys [first, last) that all of its rows see. Summaries of row intervals leave the place out.
+#: A card has these fields (N_BLOCKS is -1 after the last tile; for TILE, with row intervals, whether some rows see
+#: nothing), the tile's place, and from WHOLE on, by warpgroup, the keys [first, last) that all of its rows see that see
+#: anything. Summaries of row intervals leave the place out.
 CARD = gl.constexpr(config.CARD)
+SOME_EMPTY = gl.constexpr(0)
 ROW, BATCH, HEAD, WHOLE = (gl.constexpr(i) for i in range(7, 11))
 
 #: How many cards there are. The slowest warp may be q_buffers + k_stages tiles behind the one that publishes them.
@@ -191,6 +193,7 @@ def publish(number, tiles, slot, p, C: gl.constexpr):
         summary = p.summary_ptr + (batch * p.intervals_batch * n_row_tiles(p, C) + first_row // BLOCK_M) * CARD
         n_blocks = gl.where(gl.load(summary + LAST) > 0, gl.load(summary + N_BLOCKS), 0)
         n_end, n_begin, first = gl.load(summary + N_END), gl.load(summary + N_BEGIN), gl.load(summary + FIRST)
+        write(tiles, at + SOME_EMPTY, gl.load(summary + SOME_EMPTY))
         for field in gl.static_range(LAST, GAPS + 1):
             write(tiles, at + field, gl.load(summary + field))
         for field in gl.static_range(WHOLE, LAST_FIELD):
@@ -264,12 +267,18 @@ def window_bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexp
 
 
 @gluon.jit
-def hide_outside(scores, first_key, start, end, LAYOUT: gl.constexpr, C: gl.constexpr):
-    """Scores of keys outside the rows' bounds to -inf; for WINDOW, with bounds computed before the scores are there,
-    at a tenth of the spills of :func:`hide`."""
+def hide_outside(
+    scores, first_key, start, end, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
+):  # fmt: skip
+    """Scores of keys outside the rows' bounds to -inf, for WINDOW and INTERVALS. Bounds computed before the scores are
+    there spill a tenth of what :func:`hide` does; most blocks cross one side only, and are spared the other's test."""
     keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
-    visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
-    return gl.where(visible, scores, float("-inf"))
+    late, early = hidden_sides(first_key, tile, p, W, C)
+    if late:
+        scores = gl.where(keys[None, :] < end[:, None], scores, float("-inf"))
+    if early:
+        scores = gl.where(keys[None, :] >= start[:, None], scores, float("-inf"))
+    return scores
 
 
 @gluon.jit
@@ -290,11 +299,23 @@ def hide(scores, first_key, tile, start, end, p, W: gl.constexpr, LAYOUT: gl.con
 
 
 @gluon.jit
+def hidden_sides(first_key, tile, p, W: gl.constexpr, C: gl.constexpr):
+    """Whether a block holds keys behind the end of some of W's rows, and keys before the start of some, for WINDOW and
+    INTERVALS; see :func:`needs_hiding`."""
+    if C.mode == WINDOW:
+        low = tile.first_row + W * 64 + p.offset
+        late = first_key + C.block_n > min(low + (p.window_right + 1), p.seqlen_k)
+        return late, first_key < low + 63 - p.window_left
+    else:
+        return first_key + C.block_n > tile.whole_last, first_key < tile.whole_first
+
+
+@gluon.jit
 def needs_hiding(first_key, tile, p, W: gl.constexpr, C: gl.constexpr):
     """Whether a block holds keys hidden from some of W's rows.
 
-    For row intervals "yes" may stand for "that is not known": of a tile that was looked up, of a warpgroup with a row
-    that sees nothing.
+    For row intervals "yes" may stand for "that is not known" (of a tile that was looked up), and rows that see nothing
+    do not count: see :func:`forward._finish`.
 
     Worth a branch, and the branch keeps ptxas from turning the mask into bit sets ahead of the wait for the scores
     (390 instead of 165 instructions).
@@ -303,9 +324,6 @@ def needs_hiding(first_key, tile, p, W: gl.constexpr, C: gl.constexpr):
         return first_key + C.block_n > p.seqlen_k
     elif C.mode == CAUSAL:
         return first_key + C.block_n > tile.first_row + (W * 64 + 1) + p.offset
-    elif C.mode == WINDOW:
-        low = tile.first_row + W * 64 + p.offset
-        late = first_key + C.block_n > min(low + (p.window_right + 1), p.seqlen_k)
-        return late | (first_key < low + 63 - p.window_left)
     else:
-        return (first_key < tile.whole_first) | (first_key + C.block_n > tile.whole_last)
+        late, early = hidden_sides(first_key, tile, p, W, C)
+        return late | early

@@ -190,7 +190,7 @@ def test_direct_launches(name: str) -> None:
             assert len(direct_calls) == len(ordinary)
             for ours, theirs, loaded in zip(direct_calls, ordinary, ([summarize] if summary else []) + [kernel]):
                 assert len(ours) == len(theirs)
-                n_constexprs = 3 if loaded is summarize else len(launch.plan.constexprs)
+                n_constexprs = len(summary.options) if loaded is summarize else len(launch.plan.constexprs)
                 for a, b in zip(ours[:-n_constexprs], theirs[:-n_constexprs]):
                     address = b.data_ptr() if isinstance(b, torch.Tensor) else b
                     assert a == address or address in memory, (a, b)

@@ -44,15 +44,16 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("empty_rows_hide", [False, True])
 @pytest.mark.parametrize("consumers", [2, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_summary(name: str, consumers: int) -> None:
+def test_summary(name: str, consumers: int, empty_rows_hide: bool) -> None:
     intervals, seqlen_k, window = CASES[name]
     batch, seqlen_q, _ = intervals.shape
     block_m = 64 * consumers
     q, k = (torch.empty(batch, n, 1, 8, dtype=torch.float16) for n in (seqlen_q, seqlen_k))
     inputs = AttentionInputs(q, k, k, 1.0, AttentionMask(row_intervals=intervals.to(torch.int32)))
-    launch = forward_launch.SummaryLaunch(inputs, window, block_m, BLOCK_N)
+    launch = forward_launch.SummaryLaunch(inputs, window, block_m, BLOCK_N, empty_rows_hide)
     launch.run()
     n_tiles = -(-seqlen_q // block_m)
     bounds = launch.bounds.view(batch, n_tiles * block_m, 2)
@@ -72,6 +73,10 @@ def test_summary(name: str, consumers: int) -> None:
             n_blocks, n_end, n_begin, first, last = (numbers[at] for at in fields.values())
             mine = sees[b, i * block_m : (i + 1) * block_m]
             some = mine.any(0)
+            counts = torch.arange(block_m) < seqlen_q - i * block_m
+            if not empty_rows_hide:
+                assert numbers[schedule.SOME_EMPTY.value] == bool((counts & ~mine.any(1)).any())
+                counts &= mine.any(1)
             assert last == (int(some.nonzero().max()) + 1 if some.any() else 0)
             tile = SimpleNamespace(n_blocks=n_blocks, n_end=n_end, n_begin=n_begin, first_key=first)
             shape = SimpleNamespace(mode=config.INTERVALS, block_n=BLOCK_N)
@@ -82,12 +87,12 @@ def test_summary(name: str, consumers: int) -> None:
                 block = slice(at, at + BLOCK_N)
                 outside[block] = False
                 if step >= n_end + n_begin:  # is not masked
-                    assert mine[: seqlen_q - i * block_m, block].all()
+                    assert mine[counts, block].all()
                 for w in range(consumers):
                     whole_first, whole_last = numbers[schedule.WHOLE.value + 2 * w : schedule.WHOLE.value + 2 * w + 2]
-                    rows = mine[w * 64 : (w + 1) * 64, block][: max(seqlen_q - i * block_m - w * 64, 0)]
+                    rows = mine[w * 64 : (w + 1) * 64, block][counts[w * 64 : (w + 1) * 64]]
                     whole = whole_first <= at and at + BLOCK_N <= whole_last
                     assert not whole or rows.all()
-                    # All that is whole is known, but in a warpgroup with rows that see nothing or lie outside.
+                    # All that is whole is known, but in a warpgroup none of whose rows count.
                     assert whole or not len(rows) or not rows.all()
             assert not (some & outside).any()

@@ -114,7 +114,8 @@ def train(
         step = scheduler.last_epoch
     steps_per_epoch = -(-len(loader) // args.gradient_accumulation_steps)
     epoch, done_in_epoch = divmod(step, steps_per_epoch)
-    warm = step + min(3, (args.max_steps - step) // 2)  # the clock starts after compilation and first allocations
+    # The clock starts after compilation and first allocations; another mask may come, and compile, some steps later.
+    warm = step + min(12, (args.max_steps - step) // 2)
     started = time.perf_counter()
     losses, pending, work = [], [], torch.zeros(2, dtype=torch.double, device=accelerator.device)  # tokens, pairs
     bar = tqdm(total=args.max_steps, initial=step, disable=not accelerator.is_main_process, desc="train", mininterval=1)

@@ -112,6 +112,11 @@ def _zeroed(out: Tensor, empty: Tensor | None) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
     """SDPA; on a GPU in parts of the batch where its kernels would go beyond what they can count."""
+    if 0 in q.shape or 0 in k.shape:
+        # torch 2.11 on GPUs returns None where cuDNN would compute gradients of an empty batch. Sums of nothing are 0,
+        # and make the result depend on all three.
+        nothing = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
+        return q.new_zeros(*q.shape[:3], v.shape[3]) + nothing
     size = _batch_at_a_time(q)
     if q.shape[0] <= size:
         return _one_layout(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))

@@ -204,3 +204,16 @@ def test_a_negative_scale_hides_what_the_mask_hides() -> None:
         out = hfp.flash_attn_func(q, k, v, softmax_scale=-0.3, causal=True)
     with use_provider("reference"):
         torch.testing.assert_close(out, hfp.flash_attn_func(q, k, v, softmax_scale=-0.3, causal=True))
+
+
+@pytest.mark.parametrize("batch, seqlen_q, seqlen_k", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_empty_calls_do_not_ask_sdpa(batch: int, seqlen_q: int, seqlen_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 answers None on GPUs where cuDNN would compute gradients of an empty batch."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args, **options: None)
+    q = torch.full((batch, seqlen_q, 4, 8), float("nan"), requires_grad=True)
+    k, v = (torch.full((batch, seqlen_k, 2, dim), float("nan"), requires_grad=True) for dim in (8, 16))
+    with use_provider("torch_sdpa"):
+        out = hfp.attention(q, k, v, AttentionMask(causal=True))
+    assert out.shape == (batch, seqlen_q, 4, 16) and (out == 0).all()
+    for gradient, tensor in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v)):
+        assert gradient.shape == tensor.shape and (gradient == 0).all()

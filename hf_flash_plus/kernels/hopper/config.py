@@ -90,8 +90,9 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
         fewer = {"consumers": 2, "consumer_registers": 232, "other_registers": 40}
         if described:
             # Three warpgroups lose where keys hide within blocks, and not by their spills alone: 8 documents in 16k
-            # tokens 216 with 912 bytes of them and 223 with 96, against 352 (one H100).
-            shape |= fewer
+            # tokens 223 against 372 with two, and 376 with three Q buffers; padded B8 S2048 216, 297 and 301, windows
+            # 313, 360 and 360 (one H100).
+            shape |= fewer | {"q_buffers": 3}
         elif mode == CAUSAL and short:
             # Tiles of 192 rows do not fit lengths, and see more hidden keys (one H100, B32 S512: 250 against 211).
             shape |= fewer | {"q_buffers": 3}

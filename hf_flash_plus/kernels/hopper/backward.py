@@ -42,9 +42,10 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 
 #: Named barriers between the 8 warps that compute and one other, beyond those that Triton uses itself: a step's dq is
-#: in shared memory; a stage is free (one barrier for each).
+#: in shared memory; a buffer of q, of dout is free (one barrier for each buffer, at most three).
 DQ_BARRIER = gl.constexpr(8)
-STAGE_BARRIER = gl.constexpr(9)
+Q_BARRIER = gl.constexpr(9)
+DOUT_BARRIER = gl.constexpr(12)
 THREADS = gl.constexpr(9 * 32)
 
 
@@ -154,7 +155,8 @@ def _producer(
     pointers,
     BLOCK_M: gl.constexpr,
     BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    DOUT_STAGES: gl.constexpr,
     ROTATE: gl.constexpr,
     LISTED: gl.constexpr,
     PHASES: gl.constexpr,
@@ -185,7 +187,7 @@ def _producer(
             head = first_head + local_head
             rows_at = (batch * nheads + head) * (n_tiles_q * BLOCK_M)
             for i in range(begin, end):
-                stage = it % STAGES
+                stage, dout_stage = it % Q_STAGES, it % DOUT_STAGES
                 tile = first_tile + i
                 dirty = False
                 if ROTATE:
@@ -196,49 +198,52 @@ def _producer(
                     tile = entry & ENTRY_TILE
                     dirty = (entry & ENTRY_DIRTY) != 0
                 row = tile * BLOCK_M
-                if it >= STAGES:
-                    meet("sync", STAGE_BARRIER + stage)
+                if it >= Q_STAGES:
+                    meet("sync", Q_BARRIER + stage)
                 if LISTED:  # read by the consumers once they have waited for q
                     entry_smem.index(stage).store(gl.full([1], entry, gl.int32, ONE))
                     gl.thread_barrier()  # an `expect`, unlike an `arrive`, publishes only what its own thread wrote
                 if LISTED and dirty:
+                    if it >= DOUT_STAGES:
+                        meet("sync", DOUT_BARRIER + dout_stage)
                     mbarrier.expect(dirty_full, 2 * (BLOCK_M * HEAD_BYTES + ROW_BYTES) + BOUND_BYTES)
                     _load_bounds(bounds_desc, bounds_at + row, n_rows, dirty_full, bounds_smem, stage)
                     _load_tile(q_desc, [batch, row, head, 0], dirty_full, q_smem.index(stage), BLOCK_M, BLOCK_D)
                     tma.async_copy_global_to_shared(start_desc, [rows_at + row], dirty_full, start_smem.index(stage))
-                    _load_tile(dout_desc, [batch, row, head, 0], dirty_full, dout_smem.index(stage), BLOCK_M, BLOCK_D)
-                    tma.async_copy_global_to_shared(delta_desc, [rows_at + row], dirty_full, delta_smem.index(stage))
+                    dout_buffer = dout_smem.index(dout_stage)
+                    _load_tile(dout_desc, [batch, row, head, 0], dirty_full, dout_buffer, BLOCK_M, BLOCK_D)
+                    delta_buffer = delta_smem.index(dout_stage)
+                    tma.async_copy_global_to_shared(delta_desc, [rows_at + row], dirty_full, delta_buffer)
                     mbarrier.wait(dirty_full, dirty_phase)
                     dirty_phase = dirty_phase ^ 1
                     _zero_hidden_rows(q_blocks, stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
                     mbarrier.arrive(q_full.index(stage), count=1)
-                    _zero_hidden_rows(dout_blocks, stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
-                    mbarrier.arrive(dout_full.index(stage), count=1)
+                    _zero_hidden_rows(dout_blocks, dout_stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
+                    mbarrier.arrive(dout_full.index(dout_stage), count=1)
                 else:
-                    mbarrier.expect(q_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
+                    full = q_full.index(stage)
+                    mbarrier.expect(full, BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
                     if LISTED:
-                        _load_bounds(bounds_desc, bounds_at + row, n_rows, q_full.index(stage), bounds_smem, stage)
-                    _load_tile(
-                        q_desc, [batch, row, head, 0], q_full.index(stage), q_smem.index(stage), BLOCK_M, BLOCK_D
-                    )
-                    tma.async_copy_global_to_shared(
-                        start_desc, [rows_at + row], q_full.index(stage), start_smem.index(stage)
-                    )
+                        _load_bounds(bounds_desc, bounds_at + row, n_rows, full, bounds_smem, stage)
+                    _load_tile(q_desc, [batch, row, head, 0], full, q_smem.index(stage), BLOCK_M, BLOCK_D)
+                    tma.async_copy_global_to_shared(start_desc, [rows_at + row], full, start_smem.index(stage))
                     if not LISTED:  # noqa: SIM102  (one condition is known at compile time, the other is not)
                         if it == 0:  # behind the first q: the first product needs k and q only
                             mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
                             _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
-                    mbarrier.expect(dout_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES)
-                    _load_tile(
-                        dout_desc, [batch, row, head, 0], dout_full.index(stage), dout_smem.index(stage), BLOCK_M,
-                        BLOCK_D,
-                    )  # fmt: skip
-                    tma.async_copy_global_to_shared(
-                        delta_desc, [rows_at + row], dout_full.index(stage), delta_smem.index(stage)
-                    )
+                    if it >= DOUT_STAGES:
+                        meet("sync", DOUT_BARRIER + dout_stage)
+                    full = dout_full.index(dout_stage)
+                    mbarrier.expect(full, BLOCK_M * HEAD_BYTES + ROW_BYTES)
+                    dout_buffer = dout_smem.index(dout_stage)
+                    _load_tile(dout_desc, [batch, row, head, 0], full, dout_buffer, BLOCK_M, BLOCK_D)
+                    tma.async_copy_global_to_shared(delta_desc, [rows_at + row], full, delta_smem.index(dout_stage))
                 it += 1
-    for last in range(max(it, STAGES), it + STAGES):  # leave no barrier half full
-        meet("sync", STAGE_BARRIER + last % STAGES)
+    # Leave no barrier half full.
+    for last in range(max(it, Q_STAGES), it + Q_STAGES):
+        meet("sync", Q_BARRIER + last % Q_STAGES)
+    for last in range(max(it, DOUT_STAGES), it + DOUT_STAGES):
+        meet("sync", DOUT_BARRIER + last % DOUT_STAGES)
 
 
 @gluon.jit
@@ -372,7 +377,8 @@ def _step(
     total,
     tile,
     masked,
-    scores,
+    p,
+    g,
     dk,
     dv,
     first_key,
@@ -383,7 +389,8 @@ def _step(
     bounds_smem,
     BLOCK_M: gl.constexpr,
     BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    DOUT_STAGES: gl.constexpr,
     MASK: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     LISTED: gl.constexpr,
@@ -391,7 +398,9 @@ def _step(
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
 ):
-    """One query tile. ``scores`` was started at the end of the step before; this one starts those of the next.
+    """One query tile, and the weights of the next, beside this one's products for dq and dk.
+
+    ``p`` and ``g`` (see :func:`_weights`) come from the step before, not masked yet.
 
     Args:
         MASK: 0: nothing to mask; 1: mask; 2: mask where ``masked`` says so.
@@ -403,37 +412,28 @@ def _step(
     L: gl.constexpr = scores_layout(BLOCK_M)
     OUT_L: gl.constexpr = scores_layout(BLOCK_D)
     P_L: gl.constexpr = gl.DotOperandLayout(0, OUT_L, 2)
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, L)
     zeros = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, L)
-    stage, phase, buffer = it % STAGES, (it // STAGES) & 1, it % 2
+    stage, dout_stage, buffer = it % Q_STAGES, it % DOUT_STAGES, it % 2
     bounds = (bounds_smem, stage)
-    next_stage, next_phase = (it + 1) % STAGES, ((it + 1) // STAGES) & 1
+    next_stage, next_phase = (it + 1) % Q_STAGES, ((it + 1) // Q_STAGES) & 1
 
-    mbarrier.wait(dout_full.index(stage), phase)
-    _, delta = gl.broadcast(zeros, delta_smem.index(stage).load(COLUMNS)[None, :])
-    s = warpgroup_mma_wait(0, deps=[scores])
-    dp_async = warpgroup_mma(v_smem, dout_smem.index(stage).permute((1, 0)), delta, is_async=True)
-    if HAS_SOFTCAP:
-        row_start = start_smem.index(stage).load(COLUMNS)
-    else:
-        row_start = key_start
-    p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL)
+    mbarrier.wait(dout_full.index(dout_stage), (it // DOUT_STAGES) & 1)
+    _, delta = gl.broadcast(zeros, delta_smem.index(dout_stage).load(gl.SliceLayout(0, L))[None, :])
+    dp_async = warpgroup_mma(v_smem, dout_smem.index(dout_stage).permute((1, 0)), delta, is_async=True)
     if MASK == 1:
         visible = _visible(first_key, tile * BLOCK_M, right, left, bounds, HAS_LEFT, LISTED, L)
         p = gl.where(visible, p, 0.0)
         if HAS_SOFTCAP:
             g = gl.where(visible, g, 0.0)
-        else:
-            g = p
-    if MASK == 2:
+    if MASK == 2:  # noqa: SIM102  (one condition is known at compile time, the other is not)
         if masked:
             visible = _visible(first_key, tile * BLOCK_M, right, left, bounds, HAS_LEFT, LISTED, L)
             p = gl.where(visible, p, 0.0)
             if HAS_SOFTCAP:
                 g = gl.where(visible, g, 0.0)
-        if not HAS_SOFTCAP:
-            g = p
-    dv = warpgroup_mma(gl.convert_layout(p.to(DTYPE), P_L), dout_smem.index(stage), dv, is_async=True)
+    if not HAS_SOFTCAP:
+        g = p
+    dv = warpgroup_mma(gl.convert_layout(p.to(DTYPE), P_L), dout_smem.index(dout_stage), dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[dp_async])
     ds = (g * dp).to(DTYPE)
     if WITH_DQ:
@@ -441,23 +441,33 @@ def _step(
         ds_smem.index(buffer).store(ds)
         fence_async_shared()
         gl.thread_barrier()
+    dv = warpgroup_mma_wait(0, deps=[dv])  # its first operand's registers are needed
+    meet("arrive", DOUT_BARRIER + dout_stage)
+    if WITH_DQ:
         DQ_WARPS: gl.constexpr = [4, 2] if BLOCK_M == 64 else [8, 1]
         DQ_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], DQ_WARPS, [16, 64, 16])
         dq = gl.full([BLOCK_M, BLOCK_D], 0.0, gl.float32, DQ_L)
         ds_t = ds_smem.index(buffer).permute((1, 0))
         dq_async = warpgroup_mma(ds_t, k_smem, dq, use_acc=False, is_async=True)
-        dk = warpgroup_mma(gl.convert_layout(ds, P_L), q_smem.index(stage), dk, is_async=True)
-        dv, dq = warpgroup_mma_wait(1, deps=[dv, dq_async])
-        _hand_over(dq, it, dq_smem, dq_free)
-    else:
-        dk = warpgroup_mma(gl.convert_layout(ds, P_L), q_smem.index(stage), dk, is_async=True)
-        dv = warpgroup_mma_wait(1, deps=[dv])
     mbarrier.wait(q_full.index(next_stage), next_phase, pred=it + 1 < total)
     start = _next_start(start_smem, next_stage, zeros, HAS_SOFTCAP, L)
-    dk = warpgroup_mma_wait(0, deps=[dk])
-    meet("arrive", STAGE_BARRIER + stage)
     scores = warpgroup_mma(k_smem, q_smem.index(next_stage).permute((1, 0)), start, is_async=True)
-    return scores, dk, dv
+    if WITH_DQ:
+        dk = warpgroup_mma(ds_smem.index(buffer), q_smem.index(stage), dk, is_async=True)
+    else:
+        dk = warpgroup_mma(gl.convert_layout(ds, P_L), q_smem.index(stage), dk, is_async=True)
+    if WITH_DQ:
+        dq = warpgroup_mma_wait(2, deps=[dq_async])
+        _hand_over(dq, it, dq_smem, dq_free)
+    s = warpgroup_mma_wait(1, deps=[scores])
+    if HAS_SOFTCAP:
+        row_start = start_smem.index(next_stage).load(gl.SliceLayout(0, L))
+    else:
+        row_start = key_start
+    p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL)
+    dk = warpgroup_mma_wait(0, deps=[dk])
+    meet("arrive", Q_BARRIER + stage)
+    return p, g, dk, dv
 
 
 @gluon.jit
@@ -467,19 +477,28 @@ def _read(buffer):
 
 
 @gluon.jit
-def _store_rows(ptr, stride, n_keys, x, DIM: gl.constexpr):
-    """Store the first ``n_keys`` rows of dk or dv; ``ptr`` points at the tile's first row."""
+def _store_rows(ptr, stride, n_keys, x, buffer, DIM: gl.constexpr):
+    """Store the first ``n_keys`` rows of dk or dv; ``ptr`` points at the tile's first row.
+
+    ``buffer`` is shared memory of the tile's shape that nobody needs any more, through which threads get whole rows.
+    """
     BLOCK_D: gl.constexpr = x.shape[1]
     PIECES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [8, 1], [1, 0])
     # fp32 is stored as it lies in registers, which fills sectors of 32 bytes.
-    LAYOUT: gl.constexpr = x.type.layout if ptr.dtype.element_ty.primitive_bitwidth == 32 else PIECES
+    DIRECT: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth == 32
+    LAYOUT: gl.constexpr = x.type.layout if DIRECT else PIECES
     rows = gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT))
     columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))
     inside = (rows < n_keys)[:, None]
     if DIM != BLOCK_D:
         inside = inside & (columns < DIM)[None, :]
     at = ptr + rows[:, None] * stride + columns[None, :]
-    gl.store(at, gl.convert_layout(x.to(ptr.dtype.element_ty), LAYOUT), mask=inside)
+    if DIRECT:
+        gl.store(at, x, mask=inside)
+    else:
+        buffer.store(x.to(buffer.dtype))
+        gl.thread_barrier()
+        gl.store(at, buffer.load(LAYOUT), mask=inside)
 
 
 @gluon.jit
@@ -495,7 +514,8 @@ def _consumer(
     V_HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    DOUT_STAGES: gl.constexpr,
     MASK: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     LISTED: gl.constexpr,
@@ -506,7 +526,7 @@ def _consumer(
     ALIGNED: gl.constexpr,
 ):
     """Two warpgroups: dk and dv of 64 keys each, and each step's dq together."""
-    q_smem, k_smem, v_smem, _, _, start_smem, _, _ = shared
+    q_smem, k_smem, v_smem, dout_smem, _, start_smem, delta_smem, _ = shared
     kv_full, q_full, dout_full, dq_free = bars
     dk_ptr, dv_ptr, dk_stride, dv_stride, scale = dkv
     first_key, seqlen_k, n_heads, first_tile = work
@@ -533,6 +553,13 @@ def _consumer(
     scores = warpgroup_mma(k_smem, q_smem.index(0).permute((1, 0)), start, is_async=True)
     if not LISTED:
         mbarrier.wait(kv_full.index(1), 0)
+    _, _, scale2, cap_in, cap_out = numbers
+    if HAS_SOFTCAP:
+        row_start = start_smem.index(0).load(gl.SliceLayout(0, L))
+    else:
+        row_start = key_start
+    s = warpgroup_mma_wait(0, deps=[scores])
+    p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL)
 
     if MASK == MASK_LEADING:
         if ALIGNED:
@@ -543,14 +570,14 @@ def _consumer(
             tile = first_tile + it
             if GROUPED:
                 tile = first_tile + it % before
-            scores, dk, dv = _step(
-                it, total, tile, True, scores, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-                BLOCK_M, BLOCK_D, STAGES, 1, False, False, HAS_SOFTCAP, TAIL, WITH_DQ,
+            p, g, dk, dv = _step(
+                it, total, tile, True, p, g, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
+                BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, 1, False, False, HAS_SOFTCAP, TAIL, WITH_DQ,
             )  # fmt: skip
         for it in range(before * n_heads, total):
-            scores, dk, dv = _step(
-                it, total, 0, False, scores, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-                BLOCK_M, BLOCK_D, STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ,
+            p, g, dk, dv = _step(
+                it, total, 0, False, p, g, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
+                BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ,
             )  # fmt: skip
     else:
         i = n * 0
@@ -558,20 +585,20 @@ def _consumer(
             masked = False
             tile = first_tile + i
             if LISTED:
-                entry = _read(entry_smem.index(it % STAGES))
+                entry = _read(entry_smem.index(it % Q_STAGES))
                 masked = (entry & ENTRY_MASKED) != 0
             elif MASK == MASK_ANY:
                 masked = (i < n_before) | (i >= n_before + n_full)
             i += 1
             if GROUPED:
                 i = gl.where(i >= n, 0, i)
-            scores, dk, dv = _step(
-                it, total, tile, masked, scores, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-                BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
+            p, g, dk, dv = _step(
+                it, total, tile, masked, p, g, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
+                BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
             )  # fmt: skip
-    warpgroup_mma_wait(0, deps=[scores])  # started for a step that does not follow
-    _store_rows(dv_ptr, dv_stride, seqlen_k - first_key, dv, V_HEAD_DIM)
-    _store_rows(dk_ptr, dk_stride, seqlen_k - first_key, dk * scale, HEAD_DIM)
+    gl.thread_barrier()  # the other warpgroup, too, has done with k and v
+    _store_rows(dv_ptr, dv_stride, seqlen_k - first_key, dv, v_smem, V_HEAD_DIM)
+    _store_rows(dk_ptr, dk_stride, seqlen_k - first_key, dk * scale, k_smem, HEAD_DIM)
 
 
 @gluon.jit
@@ -645,7 +672,8 @@ def attention_backward(
     V_HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    DOUT_STAGES: gl.constexpr,
     MASK: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
@@ -701,27 +729,28 @@ def attention_backward(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     k_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_D], SWIZZLED)
     v_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_D], SWIZZLED)
-    q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_D], SWIZZLED)
-    dout_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_D], SWIZZLED)
-    start_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], start_desc.layout)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta_desc.layout)
+    q_smem = gl.allocate_shared_memory(DTYPE, [Q_STAGES, BLOCK_M, BLOCK_D], SWIZZLED)
+    dout_smem = gl.allocate_shared_memory(DTYPE, [DOUT_STAGES, BLOCK_M, BLOCK_D], SWIZZLED)
+    start_smem = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_M], start_desc.layout)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [DOUT_STAGES, BLOCK_M], delta_desc.layout)
     bounds_smem = start_smem
     entry_smem = start_smem
     if LISTED:
-        entry_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        bounds_smem = gl.allocate_shared_memory(gl.int32, [2 * STAGES, BLOCK_M], bounds_desc.layout)
+        entry_smem = gl.allocate_shared_memory(gl.int32, [Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        bounds_smem = gl.allocate_shared_memory(gl.int32, [2 * Q_STAGES, BLOCK_M], bounds_desc.layout)
     # Barriers: k and v are there; q, dout of a stage are there; q and dout that have to be cleaned are there.
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
+    dout_full = gl.allocate_shared_memory(gl.int64, [DOUT_STAGES, 1], BARRIER)
     dirty_full = kv_full
     if LISTED:
         dirty_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
         mbarrier.init(dirty_full, count=1)
     for b in gl.static_range(2):
         mbarrier.init(kv_full.index(b), count=1)
-    for b in gl.static_range(STAGES):
+    for b in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(b), count=1)
+    for b in gl.static_range(DOUT_STAGES):
         mbarrier.init(dout_full.index(b), count=1)
     ds_smem = q_smem
     dq_smem = q_smem
@@ -736,9 +765,9 @@ def attention_backward(
     q_blocks = q_smem
     dout_blocks = dout_smem
     if LISTED:
-        BLOCKS: gl.constexpr = STAGES * BLOCK_M * BLOCK_D // 512
-        q_blocks = q_smem._reinterpret(DTYPE, [BLOCKS, 8, 64], SWIZZLED)
-        dout_blocks = dout_smem._reinterpret(DTYPE, [BLOCKS, 8, 64], SWIZZLED)
+        BLOCKS: gl.constexpr = BLOCK_M * BLOCK_D // 512
+        q_blocks = q_smem._reinterpret(DTYPE, [Q_STAGES * BLOCKS, 8, 64], SWIZZLED)
+        dout_blocks = dout_smem._reinterpret(DTYPE, [DOUT_STAGES * BLOCKS, 8, 64], SWIZZLED)
     key_at = split.to(gl.int64) * dkv_stride_split + batch.to(gl.int64) * dkv_stride_b + first_key
     row_at = key_at * nheads_k + k_head
     shared = (q_smem, k_smem, v_smem, dout_smem, ds_smem, start_smem, delta_smem, dq_smem)
@@ -760,9 +789,9 @@ def attention_backward(
         gl.warp_specialize(
             [
                 (_consumer, (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                             STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, ALIGNED)),
+                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, ALIGNED)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
-                             STAGES, ROTATE, LISTED, PHASES)),
+                             Q_STAGES, DOUT_STAGES, ROTATE, LISTED, PHASES)),
                 (_storer, (dq_desc, dq_smem, dq_free, where, entries_ptr, BLOCK_M, BLOCK_D, ROTATE, LISTED, PHASES)),
             ],
             [1, 1],
@@ -772,9 +801,9 @@ def attention_backward(
         gl.warp_specialize(
             [
                 (_consumer, (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                             STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, ALIGNED)),
+                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, ALIGNED)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
-                             STAGES, ROTATE, LISTED, PHASES)),
+                             Q_STAGES, DOUT_STAGES, ROTATE, LISTED, PHASES)),
             ],
             [1],
             [OTHER_REGISTERS],

@@ -13,13 +13,14 @@ class Config(NamedTuple):
 
     Attributes:
         block_m: query rows of a step.
-        stages: tiles of q and dout in flight.
+        q_stages, dout_stages: tiles of q and of dout in flight, at most three.
         rotate: programs start at different query tiles, so that their additions to dq do not collide (no mask).
         other_registers: a thread's in the warps that load and store; those that compute get the rest.
     """
 
     block_m: int
-    stages: int = 2
+    q_stages: int = 3
+    dout_stages: int = 2
     rotate: bool = True
     other_registers: int = 24
 
@@ -30,10 +31,10 @@ def block_d(head_dim: int, v_head_dim: int) -> int:
 
 
 def select(dim: int, with_dq: bool) -> Config:
-    """The configuration for a padded head dimension, with or without dq (whose buffers take a third stage's memory)."""
+    """The configuration for a padded head dimension, with or without dq (whose buffers take memory)."""
     if dim == 64:
         return Config(128)
-    return Config(64, stages=2 if with_dq else 3)
+    return Config(64, dout_stages=2 if with_dq else 3)
 
 
 @dataclass(frozen=True)

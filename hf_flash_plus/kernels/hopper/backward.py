@@ -17,9 +17,10 @@ Both warpgroups are one partition of 8 warps, since only the kernel's first part
 in one of their own, the addresses of the products' operands would take so many of the others that it spills. They meet
 once a step, at ds. All else is said by barriers at which they only arrive (Gluon's own arrival would make them wait).
 
-A step: dv is started as soon as p is there, so that ds is computed beside it; dq is started before dk, so that dq goes
-to shared memory beside dk; the next step's scores are started at the end. The order of waits is what keeps ptxas from
-serialising the products: change it only with its warnings C7510 to C7519 in view, which tests/kernels/aot checks.
+A step: dp is started, and dv as soon as the weights are masked, so that ds is computed beside it. Then dq, the next
+step's scores and dk are started together; beside them dq goes to shared memory, and the next step's weights are
+computed. The order of waits is what keeps ptxas from serialising the products: change it only with its warnings C7510
+to C7519 in view, which tests/kernels/aot checks.
 """
 
 from __future__ import annotations
@@ -397,12 +398,14 @@ def _step(
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
+    DK_SHARED: gl.constexpr,
 ):
     """One query tile, and the weights of the next, beside this one's products for dq and dk.
 
     ``p`` and ``g`` (see :func:`_weights`) come from the step before, not masked yet.
 
     Args:
+        DK_SHARED: dk's product takes ds from shared memory, not from registers.
         MASK: 0: nothing to mask; 1: mask; 2: mask where ``masked`` says so.
     """
     q_smem, k_smem, v_smem, dout_smem, ds_smem, start_smem, delta_smem, dq_smem = shared
@@ -452,7 +455,7 @@ def _step(
     mbarrier.wait(q_full.index(next_stage), next_phase, pred=it + 1 < total)
     start = _next_start(start_smem, next_stage, zeros, HAS_SOFTCAP, L)
     scores = warpgroup_mma(k_smem, q_smem.index(next_stage).permute((1, 0)), start, is_async=True)
-    if WITH_DQ:
+    if DK_SHARED:
         dk = warpgroup_mma(ds_smem.index(buffer), q_smem.index(stage), dk, is_async=True)
     else:
         dk = warpgroup_mma(gl.convert_layout(ds, P_L), q_smem.index(stage), dk, is_async=True)
@@ -465,7 +468,12 @@ def _step(
     else:
         row_start = key_start
     p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL)
-    dk = warpgroup_mma_wait(0, deps=[dk])
+    # Also of p, lest the compiler should compute it behind the wait.
+    if HAS_SOFTCAP:
+        dk, p, g = warpgroup_mma_wait(0, deps=[dk, p, g])
+    else:
+        dk, p = warpgroup_mma_wait(0, deps=[dk, p])
+        g = p
     meet("arrive", Q_BARRIER + stage)
     return p, g, dk, dv
 
@@ -523,10 +531,11 @@ def _consumer(
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
+    DK_SHARED: gl.constexpr,
     ALIGNED: gl.constexpr,
 ):
     """Two warpgroups: dk and dv of 64 keys each, and each step's dq together."""
-    q_smem, k_smem, v_smem, dout_smem, _, start_smem, delta_smem, _ = shared
+    q_smem, k_smem, v_smem, _, _, start_smem, _, _ = shared
     kv_full, q_full, dout_full, dq_free = bars
     dk_ptr, dv_ptr, dk_stride, dv_stride, scale = dkv
     first_key, seqlen_k, n_heads, first_tile = work
@@ -572,12 +581,12 @@ def _consumer(
                 tile = first_tile + it % before
             p, g, dk, dv = _step(
                 it, total, tile, True, p, g, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-                BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, 1, False, False, HAS_SOFTCAP, TAIL, WITH_DQ,
+                BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, 1, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, DK_SHARED,
             )  # fmt: skip
         for it in range(before * n_heads, total):
             p, g, dk, dv = _step(
                 it, total, 0, False, p, g, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-                BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ,
+                BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, DK_SHARED,
             )  # fmt: skip
     else:
         i = n * 0
@@ -594,7 +603,7 @@ def _consumer(
                 i = gl.where(i >= n, 0, i)
             p, g, dk, dv = _step(
                 it, total, tile, masked, p, g, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-                BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
+                BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ, DK_SHARED,
             )  # fmt: skip
     gl.thread_barrier()  # the other warpgroup, too, has done with k and v
     _store_rows(dv_ptr, dv_stride, seqlen_k - first_key, dv, v_smem, V_HEAD_DIM)
@@ -683,6 +692,7 @@ def attention_backward(
     TAIL: gl.constexpr,
     ROTATE: gl.constexpr,
     WITH_DQ: gl.constexpr,
+    DK_SHARED: gl.constexpr,
     ALIGNED: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
@@ -789,7 +799,8 @@ def attention_backward(
         gl.warp_specialize(
             [
                 (_consumer, (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, ALIGNED)),
+                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, DK_SHARED,
+                             ALIGNED)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
                              Q_STAGES, DOUT_STAGES, ROTATE, LISTED, PHASES)),
                 (_storer, (dq_desc, dq_smem, dq_free, where, entries_ptr, BLOCK_M, BLOCK_D, ROTATE, LISTED, PHASES)),
@@ -801,7 +812,8 @@ def attention_backward(
         gl.warp_specialize(
             [
                 (_consumer, (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, ALIGNED)),
+                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, False,
+                             ALIGNED)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
                              Q_STAGES, DOUT_STAGES, ROTATE, LISTED, PHASES)),
             ],

@@ -428,6 +428,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         "TAIL": keys % BLOCK_N != 0,
         "ROTATE": config.rotate and mask == 0 and mode == MODES["unordered"],
         "WITH_DQ": mode == MODES["unordered"],
+        "DK_SHARED": config.dk_shared,
         # The diagonal runs through the corners of tiles where row i sees keys up to i.
         "ALIGNED": mask == 1 and bounds.right == 0,
         "OTHER_REGISTERS": config.other_registers,

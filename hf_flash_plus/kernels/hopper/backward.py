@@ -373,13 +373,12 @@ def _next_start(start_smem, stage, zeros, HAS_SOFTCAP: gl.constexpr, L: gl.const
 
 
 @gluon.jit
-def _step(
+def _first_half(
     it,
-    total,
     tile,
     masked,
-    p,
-    g,
+    scores_pending: gl.constexpr,
+    scores,
     dk,
     dv,
     first_key,
@@ -389,7 +388,6 @@ def _step(
     numbers,
     bounds_smem,
     BLOCK_M: gl.constexpr,
-    BLOCK_D: gl.constexpr,
     Q_STAGES: gl.constexpr,
     DOUT_STAGES: gl.constexpr,
     MASK: gl.constexpr,
@@ -398,84 +396,61 @@ def _step(
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
-    DK_SHARED: gl.constexpr,
 ):
-    """One query tile, and the weights of the next, beside this one's products for dq and dk.
-
-    ``p`` and ``g`` (see :func:`_weights`) come from the step before, not masked yet.
+    """A query tile's weights, dv and ds. Beside the weights, dk of the tile before is computed, if one is pending.
 
     Args:
-        DK_SHARED: dk's product takes ds from shared memory, not from registers.
-        MASK: 0: nothing to mask; 1: mask; 2: mask where ``masked`` says so.
+        scores_pending: whether a product for dk was started after the one for the scores.
+        MASK: 0: nothing to mask; 2: mask where ``masked`` says so.
     """
-    q_smem, k_smem, v_smem, dout_smem, ds_smem, start_smem, delta_smem, dq_smem = shared
-    q_full, dout_full, dq_free = bars
+    _, _, v_smem, dout_smem, ds_smem, start_smem, delta_smem, _ = shared
+    _, dout_full, _ = bars
     right, left, scale2, cap_in, cap_out = numbers
-    DTYPE: gl.constexpr = q_smem.dtype
+    DTYPE: gl.constexpr = v_smem.dtype
     L: gl.constexpr = scores_layout(BLOCK_M)
-    OUT_L: gl.constexpr = scores_layout(BLOCK_D)
-    P_L: gl.constexpr = gl.DotOperandLayout(0, OUT_L, 2)
+    P_L: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
     zeros = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, L)
-    stage, dout_stage, buffer = it % Q_STAGES, it % DOUT_STAGES, it % 2
-    bounds = (bounds_smem, stage)
-    next_stage, next_phase = (it + 1) % Q_STAGES, ((it + 1) // Q_STAGES) & 1
-
-    mbarrier.wait(dout_full.index(dout_stage), (it // DOUT_STAGES) & 1)
-    _, delta = gl.broadcast(zeros, delta_smem.index(dout_stage).load(gl.SliceLayout(0, L))[None, :])
-    dp_async = warpgroup_mma(v_smem, dout_smem.index(dout_stage).permute((1, 0)), delta, is_async=True)
-    if MASK == 1:
-        visible = _visible(first_key, tile * BLOCK_M, right, left, bounds, HAS_LEFT, LISTED, L)
-        p = gl.where(visible, p, 0.0)
-        if HAS_SOFTCAP:
-            g = gl.where(visible, g, 0.0)
-    if MASK == 2:  # noqa: SIM102  (one condition is known at compile time, the other is not)
+    stage, dout_stage = it % Q_STAGES, it % DOUT_STAGES
+    s = warpgroup_mma_wait(1 if scores_pending else 0, deps=[scores])
+    if HAS_SOFTCAP:
+        row_start = start_smem.index(stage).load(gl.SliceLayout(0, L))
+    else:
+        row_start = key_start
+    p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL)
+    if MASK == MASK_ANY:  # noqa: SIM102  (one condition is known at compile time, the other is not)
         if masked:
+            bounds = (bounds_smem, stage)
             visible = _visible(first_key, tile * BLOCK_M, right, left, bounds, HAS_LEFT, LISTED, L)
             p = gl.where(visible, p, 0.0)
             if HAS_SOFTCAP:
                 g = gl.where(visible, g, 0.0)
     if not HAS_SOFTCAP:
         g = p
+    mbarrier.wait(dout_full.index(dout_stage), (it // DOUT_STAGES) & 1)
+    _, delta = gl.broadcast(zeros, delta_smem.index(dout_stage).load(gl.SliceLayout(0, L))[None, :])
+    dp_async = warpgroup_mma(v_smem, dout_smem.index(dout_stage).permute((1, 0)), delta, is_async=True)
     dv = warpgroup_mma(gl.convert_layout(p.to(DTYPE), P_L), dout_smem.index(dout_stage), dv, is_async=True)
+    if scores_pending:
+        dk = warpgroup_mma_wait(2, deps=[dk])
+        meet("arrive", Q_BARRIER + (it - 1) % Q_STAGES)
     dp = warpgroup_mma_wait(1, deps=[dp_async])
     ds = (g * dp).to(DTYPE)
-    if WITH_DQ:
-        # Two buffers: the other warpgroup may still be at the last step's dq, but not at the one before.
-        ds_smem.index(buffer).store(ds)
-        fence_async_shared()
-        gl.thread_barrier()
-    dv = warpgroup_mma_wait(0, deps=[dv])  # its first operand's registers are needed
+    # Two buffers: the other warpgroup may still be at the last step's dq, but not at the one before.
+    ds_smem.index(it % 2).store(ds)
+    fence_async_shared()
+    gl.thread_barrier()
+    dv = warpgroup_mma_wait(0, deps=[dv])
     meet("arrive", DOUT_BARRIER + dout_stage)
-    if WITH_DQ:
-        DQ_WARPS: gl.constexpr = [4, 2] if BLOCK_M == 64 else [8, 1]
-        DQ_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], DQ_WARPS, [16, 64, 16])
-        dq = gl.full([BLOCK_M, BLOCK_D], 0.0, gl.float32, DQ_L)
-        ds_t = ds_smem.index(buffer).permute((1, 0))
-        dq_async = warpgroup_mma(ds_t, k_smem, dq, use_acc=False, is_async=True)
-    mbarrier.wait(q_full.index(next_stage), next_phase, pred=it + 1 < total)
-    start = _next_start(start_smem, next_stage, zeros, HAS_SOFTCAP, L)
-    scores = warpgroup_mma(k_smem, q_smem.index(next_stage).permute((1, 0)), start, is_async=True)
-    if DK_SHARED:
-        dk = warpgroup_mma(ds_smem.index(buffer), q_smem.index(stage), dk, is_async=True)
-    else:
-        dk = warpgroup_mma(gl.convert_layout(ds, P_L), q_smem.index(stage), dk, is_async=True)
-    if WITH_DQ:
-        dq = warpgroup_mma_wait(2, deps=[dq_async])
-        _hand_over(dq, it, dq_smem, dq_free)
-    s = warpgroup_mma_wait(1, deps=[scores])
-    if HAS_SOFTCAP:
-        row_start = start_smem.index(next_stage).load(gl.SliceLayout(0, L))
-    else:
-        row_start = key_start
-    p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL)
-    # Also of p, lest the compiler should compute it behind the wait.
-    if HAS_SOFTCAP:
-        dk, p, g = warpgroup_mma_wait(0, deps=[dk, p, g])
-    else:
-        dk, p = warpgroup_mma_wait(0, deps=[dk, p])
-        g = p
-    meet("arrive", Q_BARRIER + stage)
-    return p, g, dk, dv
+    return dk, dv
+
+
+@gluon.jit
+def _start_dq(it, k_smem, ds_smem, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Start the product for a tile's dq."""
+    DQ_WARPS: gl.constexpr = [4, 2] if BLOCK_M == 64 else [8, 1]
+    DQ_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], DQ_WARPS, [16, 64, 16])
+    dq = gl.full([BLOCK_M, BLOCK_D], 0.0, gl.float32, DQ_L)
+    return warpgroup_mma(ds_smem.index(it % 2).permute((1, 0)), k_smem, dq, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -535,7 +510,7 @@ def _consumer(
     ALIGNED: gl.constexpr,
 ):
     """Two warpgroups: dk and dv of 64 keys each, and each step's dq together."""
-    q_smem, k_smem, v_smem, _, _, start_smem, _, _ = shared
+    q_smem, k_smem, v_smem, _, ds_smem, start_smem, _, dq_smem = shared
     kv_full, q_full, dout_full, dq_free = bars
     dk_ptr, dv_ptr, dk_stride, dv_stride, scale = dkv
     first_key, seqlen_k, n_heads, first_tile = work
@@ -557,54 +532,55 @@ def _consumer(
         _zero_not_finite(k_smem)
         _zero_not_finite(v_smem)
         gl.thread_barrier()
-    mbarrier.wait(q_full.index(0), 0, pred=total > 0)
-    start = _next_start(start_smem, 0, zeros, HAS_SOFTCAP, L)
-    scores = warpgroup_mma(k_smem, q_smem.index(0).permute((1, 0)), start, is_async=True)
-    if not LISTED:
-        mbarrier.wait(kv_full.index(1), 0)
-    _, _, scale2, cap_in, cap_out = numbers
-    if HAS_SOFTCAP:
-        row_start = start_smem.index(0).load(gl.SliceLayout(0, L))
-    else:
-        row_start = key_start
-    s = warpgroup_mma_wait(0, deps=[scores])
-    p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL)
-
-    if MASK == MASK_LEADING:
-        if ALIGNED:
-            before: gl.constexpr = BLOCK_N // BLOCK_M
-        else:
-            before = n_before
-        for it in range(before * n_heads):
-            tile = first_tile + it
-            if GROUPED:
-                tile = first_tile + it % before
-            p, g, dk, dv = _step(
-                it, total, tile, True, p, g, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-                BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, 1, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, DK_SHARED,
-            )  # fmt: skip
-        for it in range(before * n_heads, total):
-            p, g, dk, dv = _step(
-                it, total, 0, False, p, g, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-                BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, DK_SHARED,
-            )  # fmt: skip
-    else:
+    if total > 0:
+        mbarrier.wait(q_full.index(0), 0)
+        start = _next_start(start_smem, 0, zeros, HAS_SOFTCAP, L)
+        scores = warpgroup_mma(k_smem, q_smem.index(0).permute((1, 0)), start, is_async=True)
+        if not LISTED:
+            mbarrier.wait(kv_full.index(1), 0)
+        masked = MASK == MASK_ANY
+        if LISTED:
+            masked = (_read(entry_smem.index(0)) & ENTRY_MASKED) != 0
+        elif MASK == MASK_ANY:
+            masked = (n_before > 0) | (n_full == 0)
+        dk, dv = _first_half(
+            0, first_tile, masked, False, scores, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
+            BLOCK_M, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
+        )  # fmt: skip
         i = n * 0
-        for it in range(total):  # over the tiles of all heads
-            masked = False
-            tile = first_tile + i
-            if LISTED:
-                entry = _read(entry_smem.index(it % Q_STAGES))
-                masked = (entry & ENTRY_MASKED) != 0
-            elif MASK == MASK_ANY:
-                masked = (i < n_before) | (i >= n_before + n_full)
+        for it in range(total - 1):  # over the tiles of all heads: what is left of one, and the first half of the next
             i += 1
             if GROUPED:
                 i = gl.where(i >= n, 0, i)
-            p, g, dk, dv = _step(
-                it, total, tile, masked, p, g, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-                BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ, DK_SHARED,
+            stage, next_stage = it % Q_STAGES, (it + 1) % Q_STAGES
+            if WITH_DQ:
+                dq_async = _start_dq(it, k_smem, ds_smem, BLOCK_M, BLOCK_D)
+            mbarrier.wait(q_full.index(next_stage), ((it + 1) // Q_STAGES) & 1)
+            start = _next_start(start_smem, next_stage, zeros, HAS_SOFTCAP, L)
+            scores = warpgroup_mma(k_smem, q_smem.index(next_stage).permute((1, 0)), start, is_async=True)
+            dk = warpgroup_mma(ds_smem.index(it % 2), q_smem.index(stage), dk, is_async=True)
+            if WITH_DQ:
+                dq = warpgroup_mma_wait(2, deps=[dq_async])
+                _hand_over(dq, it, dq_smem, dq_free)
+            masked = False
+            if LISTED:
+                masked = (_read(entry_smem.index(next_stage)) & ENTRY_MASKED) != 0
+            elif MASK == MASK_ANY:
+                masked = (i < n_before) | (i >= n_before + n_full)
+            dk, dv = _first_half(
+                it + 1, first_tile + i, masked, True, scores, dk, dv, first_key, key_start, shared, step_bars, numbers,
+                bounds_smem, BLOCK_M, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
             )  # fmt: skip
+        last = total - 1
+        if WITH_DQ:
+            dq_async = _start_dq(last, k_smem, ds_smem, BLOCK_M, BLOCK_D)
+            dk = warpgroup_mma(ds_smem.index(last % 2), q_smem.index(last % Q_STAGES), dk, is_async=True)
+            dq = warpgroup_mma_wait(1, deps=[dq_async])
+            _hand_over(dq, last, dq_smem, dq_free)
+        else:
+            dk = warpgroup_mma(ds_smem.index(last % 2), q_smem.index(last % Q_STAGES), dk, is_async=True)
+        dk = warpgroup_mma_wait(0, deps=[dk])
+        meet("arrive", Q_BARRIER + last % Q_STAGES)
     gl.thread_barrier()  # the other warpgroup, too, has done with k and v
     _store_rows(dv_ptr, dv_stride, seqlen_k - first_key, dv, v_smem, V_HEAD_DIM)
     _store_rows(dk_ptr, dk_stride, seqlen_k - first_key, dk * scale, k_smem, HEAD_DIM)
@@ -762,11 +738,10 @@ def attention_backward(
         mbarrier.init(q_full.index(b), count=1)
     for b in gl.static_range(DOUT_STAGES):
         mbarrier.init(dout_full.index(b), count=1)
-    ds_smem = q_smem
     dq_smem = q_smem
     dq_free = kv_full
+    ds_smem = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], SWIZZLED)
     if WITH_DQ:
-        ds_smem = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], SWIZZLED)
         dq_smem = gl.allocate_shared_memory(gl.float32, [64, 128], dq_desc.layout)
         dq_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
         mbarrier.init(dq_free, count=1)

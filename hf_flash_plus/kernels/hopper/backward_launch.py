@@ -397,7 +397,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     if listed or bounds.has_left:
         mask = 2
     else:
-        mask = int(masked)
+        mask = 2 * int(masked)
     list_stride = 0 if parts.intervals is None or parts.intervals.shape[0] == 1 else parts.n_tiles_k
     softcap = parts.softcap
     block_m, dim = config.block_m, parts.block_d

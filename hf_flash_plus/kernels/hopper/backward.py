@@ -17,10 +17,11 @@ Both warpgroups are one partition of 8 warps, since only the kernel's first part
 in one of their own, the addresses of the products' operands would take so many of the others that it spills. They meet
 once a step, at ds. All else is said by barriers at which they only arrive (Gluon's own arrival would make them wait).
 
-A step: dp is started, and dv as soon as the weights are masked, so that ds is computed beside it. Then dq, the next
-step's scores and dk are started together; beside them dq goes to shared memory, and the next step's weights are
-computed. The order of waits is what keeps ptxas from serialising the products: change it only with its warnings C7510
-to C7519 in view, which tests/kernels/aot checks.
+An iteration begins between two tiles, with ds of the one in shared memory. Its dq, the scores of the next and its dk
+are started together. While they are computed dq goes to shared memory, and the next tile's weights are made; those are in
+turn what its dp and dv are started with, beside which its ds is made. The order of waits is what keeps ptxas from
+serialising the products: change it only with its warnings C7510 to C7519 in view, which tests/kernels/aot checks.
+Something has to need the weights before dk is waited for: else ptxas computes them behind that wait.
 """
 
 from __future__ import annotations
@@ -72,12 +73,6 @@ def meet(OP: gl.constexpr, barrier):
     gl.inline_asm_elementwise(asm, "=r,r", [barrier], dtype=gl.int32, is_pure=False, pack=1)
 
 
-#: Which steps of a program mask: none; the first ones (a causal mask), which get a loop of their own; or any, by a
-#: branch (windows, lists of query tiles; causal masks with grouped heads: nested loops spill registers).
-MASK_NONE = gl.constexpr(0)
-MASK_LEADING = gl.constexpr(1)
-MASK_ANY = gl.constexpr(2)
-
 #: An entry of the list of query tiles: the tile's index, and what needs doing.
 ENTRY_MASKED = gl.constexpr(1 << 29)
 ENTRY_DIRTY = gl.constexpr(1 << 30)
@@ -99,19 +94,6 @@ def _schedule(pid, n_tiles, n_heads, section):
     size = min(section, n_heads - first)
     within = pid - first * n_tiles
     return within // size, first + within % size
-
-
-@gluon.jit
-def _phase(phase: gl.constexpr, n, n_before, PHASES: gl.constexpr):
-    """The query tiles of a phase: with grouped heads and a causal mask, those of all heads that mask come first."""
-    begin = 0
-    end = n
-    if PHASES == 2:
-        if phase == 0:
-            end = n_before
-        else:
-            begin = n_before
-    return begin, end
 
 
 @gluon.jit
@@ -160,14 +142,13 @@ def _producer(
     DOUT_STAGES: gl.constexpr,
     ROTATE: gl.constexpr,
     LISTED: gl.constexpr,
-    PHASES: gl.constexpr,
 ):
     """One warp: k and v of the program, then q and dout of every step."""
     q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc, bounds_desc = descs
     q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem, bounds_smem, entry_smem = shared
     q_blocks, dout_blocks = blocks
     kv_full, q_full, dout_full, dirty_full = bars
-    batch, k_head, first_head, n_heads, nheads, first_key, first_tile, n, n_before, rotation, n_tiles_q = where
+    batch, k_head, first_head, n_heads, nheads, first_key, first_tile, n, rotation, n_tiles_q = where
     entries_ptr, bounds_ptr, n_rows, bounds_at = pointers
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     N: gl.constexpr = k_smem.shape[0]
@@ -182,64 +163,62 @@ def _producer(
         _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
     it = 0
     dirty_phase = 0
-    for phase in gl.static_range(PHASES):
-        begin, end = _phase(phase, n, n_before, PHASES)
-        for local_head in range(n_heads):
-            head = first_head + local_head
-            rows_at = (batch * nheads + head) * (n_tiles_q * BLOCK_M)
-            for i in range(begin, end):
-                stage, dout_stage = it % Q_STAGES, it % DOUT_STAGES
-                tile = first_tile + i
-                dirty = False
-                if ROTATE:
-                    tile = i + rotation
-                    tile = first_tile + gl.where(tile >= n, tile - n, tile)
+    for local_head in range(n_heads):
+        head = first_head + local_head
+        rows_at = (batch * nheads + head) * (n_tiles_q * BLOCK_M)
+        for i in range(n):
+            stage, dout_stage = it % Q_STAGES, it % DOUT_STAGES
+            tile = first_tile + i
+            dirty = False
+            if ROTATE:
+                tile = i + rotation
+                tile = first_tile + gl.where(tile >= n, tile - n, tile)
+            if LISTED:
+                entry = gl.load(entries_ptr + i)
+                tile = entry & ENTRY_TILE
+                dirty = (entry & ENTRY_DIRTY) != 0
+            row = tile * BLOCK_M
+            if it >= Q_STAGES:
+                meet("sync", Q_BARRIER + stage)
+            if LISTED:  # read by the consumers once they have waited for q
+                entry_smem.index(stage).store(gl.full([1], entry, gl.int32, ONE))
+                gl.thread_barrier()  # an `expect`, unlike an `arrive`, publishes only what its own thread wrote
+            if LISTED and dirty:
+                if it >= DOUT_STAGES:
+                    meet("sync", DOUT_BARRIER + dout_stage)
+                mbarrier.expect(dirty_full, 2 * (BLOCK_M * HEAD_BYTES + ROW_BYTES) + BOUND_BYTES)
+                _load_bounds(bounds_desc, bounds_at + row, n_rows, dirty_full, bounds_smem, stage)
+                _load_tile(q_desc, [batch, row, head, 0], dirty_full, q_smem.index(stage), BLOCK_M, BLOCK_D)
+                tma.async_copy_global_to_shared(start_desc, [rows_at + row], dirty_full, start_smem.index(stage))
+                dout_buffer = dout_smem.index(dout_stage)
+                _load_tile(dout_desc, [batch, row, head, 0], dirty_full, dout_buffer, BLOCK_M, BLOCK_D)
+                delta_buffer = delta_smem.index(dout_stage)
+                tma.async_copy_global_to_shared(delta_desc, [rows_at + row], dirty_full, delta_buffer)
+                mbarrier.wait(dirty_full, dirty_phase)
+                dirty_phase = dirty_phase ^ 1
+                _zero_hidden_rows(q_blocks, stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
+                mbarrier.arrive(q_full.index(stage), count=1)
+                _zero_hidden_rows(dout_blocks, dout_stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
+                mbarrier.arrive(dout_full.index(dout_stage), count=1)
+            else:
+                full = q_full.index(stage)
+                mbarrier.expect(full, BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
                 if LISTED:
-                    entry = gl.load(entries_ptr + i)
-                    tile = entry & ENTRY_TILE
-                    dirty = (entry & ENTRY_DIRTY) != 0
-                row = tile * BLOCK_M
-                if it >= Q_STAGES:
-                    meet("sync", Q_BARRIER + stage)
-                if LISTED:  # read by the consumers once they have waited for q
-                    entry_smem.index(stage).store(gl.full([1], entry, gl.int32, ONE))
-                    gl.thread_barrier()  # an `expect`, unlike an `arrive`, publishes only what its own thread wrote
-                if LISTED and dirty:
-                    if it >= DOUT_STAGES:
-                        meet("sync", DOUT_BARRIER + dout_stage)
-                    mbarrier.expect(dirty_full, 2 * (BLOCK_M * HEAD_BYTES + ROW_BYTES) + BOUND_BYTES)
-                    _load_bounds(bounds_desc, bounds_at + row, n_rows, dirty_full, bounds_smem, stage)
-                    _load_tile(q_desc, [batch, row, head, 0], dirty_full, q_smem.index(stage), BLOCK_M, BLOCK_D)
-                    tma.async_copy_global_to_shared(start_desc, [rows_at + row], dirty_full, start_smem.index(stage))
-                    dout_buffer = dout_smem.index(dout_stage)
-                    _load_tile(dout_desc, [batch, row, head, 0], dirty_full, dout_buffer, BLOCK_M, BLOCK_D)
-                    delta_buffer = delta_smem.index(dout_stage)
-                    tma.async_copy_global_to_shared(delta_desc, [rows_at + row], dirty_full, delta_buffer)
-                    mbarrier.wait(dirty_full, dirty_phase)
-                    dirty_phase = dirty_phase ^ 1
-                    _zero_hidden_rows(q_blocks, stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
-                    mbarrier.arrive(q_full.index(stage), count=1)
-                    _zero_hidden_rows(dout_blocks, dout_stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
-                    mbarrier.arrive(dout_full.index(dout_stage), count=1)
-                else:
-                    full = q_full.index(stage)
-                    mbarrier.expect(full, BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
-                    if LISTED:
-                        _load_bounds(bounds_desc, bounds_at + row, n_rows, full, bounds_smem, stage)
-                    _load_tile(q_desc, [batch, row, head, 0], full, q_smem.index(stage), BLOCK_M, BLOCK_D)
-                    tma.async_copy_global_to_shared(start_desc, [rows_at + row], full, start_smem.index(stage))
-                    if not LISTED:  # noqa: SIM102  (one condition is known at compile time, the other is not)
-                        if it == 0:  # behind the first q: the first product needs k and q only
-                            mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
-                            _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
-                    if it >= DOUT_STAGES:
-                        meet("sync", DOUT_BARRIER + dout_stage)
-                    full = dout_full.index(dout_stage)
-                    mbarrier.expect(full, BLOCK_M * HEAD_BYTES + ROW_BYTES)
-                    dout_buffer = dout_smem.index(dout_stage)
-                    _load_tile(dout_desc, [batch, row, head, 0], full, dout_buffer, BLOCK_M, BLOCK_D)
-                    tma.async_copy_global_to_shared(delta_desc, [rows_at + row], full, delta_smem.index(dout_stage))
-                it += 1
+                    _load_bounds(bounds_desc, bounds_at + row, n_rows, full, bounds_smem, stage)
+                _load_tile(q_desc, [batch, row, head, 0], full, q_smem.index(stage), BLOCK_M, BLOCK_D)
+                tma.async_copy_global_to_shared(start_desc, [rows_at + row], full, start_smem.index(stage))
+                if not LISTED:  # noqa: SIM102  (one condition is known at compile time, the other is not)
+                    if it == 0:  # behind the first q: the first product needs k and q only
+                        mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
+                        _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
+                if it >= DOUT_STAGES:
+                    meet("sync", DOUT_BARRIER + dout_stage)
+                full = dout_full.index(dout_stage)
+                mbarrier.expect(full, BLOCK_M * HEAD_BYTES + ROW_BYTES)
+                dout_buffer = dout_smem.index(dout_stage)
+                _load_tile(dout_desc, [batch, row, head, 0], full, dout_buffer, BLOCK_M, BLOCK_D)
+                tma.async_copy_global_to_shared(delta_desc, [rows_at + row], full, delta_smem.index(dout_stage))
+            it += 1
     # Leave no barrier half full.
     for last in range(max(it, Q_STAGES), it + Q_STAGES):
         meet("sync", Q_BARRIER + last % Q_STAGES)
@@ -296,26 +275,23 @@ def _storer(
     BLOCK_D: gl.constexpr,
     ROTATE: gl.constexpr,
     LISTED: gl.constexpr,
-    PHASES: gl.constexpr,
 ):
     """One warp: adds each step's dq, which the warpgroups leave in shared memory, to the sums in global memory."""
-    batch, _, first_head, n_heads, nheads, _, first_tile, n, n_before, rotation, n_tiles_q = where
+    batch, _, first_head, n_heads, nheads, _, first_tile, n, rotation, n_tiles_q = where
     ROWS: gl.constexpr = BLOCK_M * BLOCK_D // 128
-    for phase in gl.static_range(PHASES):
-        begin, end = _phase(phase, n, n_before, PHASES)
-        for local_head in range(n_heads):
-            head_tiles = (batch * nheads + first_head + local_head) * n_tiles_q
-            for i in range(begin, end):
-                tile = first_tile + i
-                if ROTATE:
-                    tile = i + rotation
-                    tile = first_tile + gl.where(tile >= n, tile - n, tile)
-                if LISTED:
-                    tile = gl.load(entries_ptr + i) & ENTRY_TILE
-                meet("sync", DQ_BARRIER)
-                reduce_add(dq_desc, [(head_tiles + tile) * ROWS, 0], dq_smem)
-                tma.store_wait(0)
-                mbarrier.arrive(dq_free, count=1)
+    for local_head in range(n_heads):
+        head_tiles = (batch * nheads + first_head + local_head) * n_tiles_q
+        for i in range(n):
+            tile = first_tile + i
+            if ROTATE:
+                tile = i + rotation
+                tile = first_tile + gl.where(tile >= n, tile - n, tile)
+            if LISTED:
+                tile = gl.load(entries_ptr + i) & ENTRY_TILE
+            meet("sync", DQ_BARRIER)
+            reduce_add(dq_desc, [(head_tiles + tile) * ROWS, 0], dq_smem)
+            tma.store_wait(0)
+            mbarrier.arrive(dq_free, count=1)
 
 
 @gluon.constexpr_function
@@ -390,7 +366,7 @@ def _first_half(
     BLOCK_M: gl.constexpr,
     Q_STAGES: gl.constexpr,
     DOUT_STAGES: gl.constexpr,
-    MASK: gl.constexpr,
+    MASKED: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     LISTED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
@@ -401,7 +377,7 @@ def _first_half(
 
     Args:
         scores_pending: whether a product for dk was started after the one for the scores.
-        MASK: 0: nothing to mask; 2: mask where ``masked`` says so.
+        MASKED: rows may be hidden from some keys, in those tiles of which ``masked`` says so.
     """
     _, _, v_smem, dout_smem, ds_smem, start_smem, delta_smem, _ = shared
     _, dout_full, _ = bars
@@ -417,7 +393,7 @@ def _first_half(
     else:
         row_start = key_start
     p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL)
-    if MASK == MASK_ANY:  # noqa: SIM102  (one condition is known at compile time, the other is not)
+    if MASKED:  # noqa: SIM102  (one condition is known at compile time, the other is not)
         if masked:
             bounds = (bounds_smem, stage)
             visible = _visible(first_key, tile * BLOCK_M, right, left, bounds, HAS_LEFT, LISTED, L)
@@ -499,15 +475,13 @@ def _consumer(
     BLOCK_D: gl.constexpr,
     Q_STAGES: gl.constexpr,
     DOUT_STAGES: gl.constexpr,
-    MASK: gl.constexpr,
+    MASKED: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     LISTED: gl.constexpr,
     GROUPED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
-    DK_SHARED: gl.constexpr,
-    ALIGNED: gl.constexpr,
 ):
     """Two warpgroups: dk and dv of 64 keys each, and each step's dq together."""
     q_smem, k_smem, v_smem, _, ds_smem, start_smem, _, dq_smem = shared
@@ -538,14 +512,14 @@ def _consumer(
         scores = warpgroup_mma(k_smem, q_smem.index(0).permute((1, 0)), start, is_async=True)
         if not LISTED:
             mbarrier.wait(kv_full.index(1), 0)
-        masked = MASK == MASK_ANY
+        masked = False
         if LISTED:
             masked = (_read(entry_smem.index(0)) & ENTRY_MASKED) != 0
-        elif MASK == MASK_ANY:
+        elif MASKED:
             masked = (n_before > 0) | (n_full == 0)
         dk, dv = _first_half(
             0, first_tile, masked, False, scores, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-            BLOCK_M, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
+            BLOCK_M, Q_STAGES, DOUT_STAGES, MASKED, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
         )  # fmt: skip
         i = n * 0
         for it in range(total - 1):  # over the tiles of all heads: what is left of one, and the first half of the next
@@ -565,11 +539,11 @@ def _consumer(
             masked = False
             if LISTED:
                 masked = (_read(entry_smem.index(next_stage)) & ENTRY_MASKED) != 0
-            elif MASK == MASK_ANY:
+            elif MASKED:
                 masked = (i < n_before) | (i >= n_before + n_full)
             dk, dv = _first_half(
                 it + 1, first_tile + i, masked, True, scores, dk, dv, first_key, key_start, shared, step_bars, numbers,
-                bounds_smem, BLOCK_M, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
+                bounds_smem, BLOCK_M, Q_STAGES, DOUT_STAGES, MASKED, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
             )  # fmt: skip
         last = total - 1
         if WITH_DQ:
@@ -609,9 +583,7 @@ def _query_tiles(
     if HAS_RIGHT:
         first = max(first_key - right, 0) // BLOCK_M
         full_first = max(first_key + KEYS - 1 - right, 0)
-        # At least one: the loop over those that mask is never left out where the one after it runs. From where it is
-        # left out, ptxas (12.8) lets the second loop use descriptors that only the way into the first one computes.
-        n_before = max((full_first + BLOCK_M - 1) // BLOCK_M - first, 1)
+        n_before = max((full_first + BLOCK_M - 1) // BLOCK_M - first, 0)
     if HAS_LEFT:
         end = min(end, (first_key + KEYS - left + BLOCK_M - 1) // BLOCK_M)
         full_end = max(first_key - left + 1, 0) // BLOCK_M
@@ -659,7 +631,7 @@ def attention_backward(
     BLOCK_D: gl.constexpr,
     Q_STAGES: gl.constexpr,
     DOUT_STAGES: gl.constexpr,
-    MASK: gl.constexpr,
+    MASKED: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
     LISTED: gl.constexpr,
@@ -668,8 +640,6 @@ def attention_backward(
     TAIL: gl.constexpr,
     ROTATE: gl.constexpr,
     WITH_DQ: gl.constexpr,
-    DK_SHARED: gl.constexpr,
-    ALIGNED: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
     """dk and dv of 128 keys of one key head, summed over ``heads_per_split`` query heads, and their part of dq.
@@ -761,12 +731,11 @@ def attention_backward(
     lists = (bounds_smem, entry_smem)
     numbers = (right, left, scale2, cap_in, cap_out)
     where = (
-        batch, k_head, first_head, heads_per_split, nheads, first_key, first_tile, n, n_before, rotation, n_tiles_q,
+        batch, k_head, first_head, heads_per_split, nheads, first_key, first_tile, n, rotation, n_tiles_q,
     )  # fmt: skip
     descs = (q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc, bounds_desc)
     buffers = (q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem, bounds_smem, entry_smem)
     pointers = (entries_ptr, bounds_ptr, n_rows, bounds_at)
-    PHASES: gl.constexpr = 2 if MASK == MASK_LEADING and GROUPED else 1
     bars = (kv_full, q_full, dout_full, dq_free)
     steps = (n, n_before, n_full)
     fill_bars = (kv_full, q_full, dout_full, dirty_full)
@@ -774,11 +743,10 @@ def attention_backward(
         gl.warp_specialize(
             [
                 (_consumer, (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, DK_SHARED,
-                             ALIGNED)),
+                             Q_STAGES, DOUT_STAGES, MASKED, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
-                             Q_STAGES, DOUT_STAGES, ROTATE, LISTED, PHASES)),
-                (_storer, (dq_desc, dq_smem, dq_free, where, entries_ptr, BLOCK_M, BLOCK_D, ROTATE, LISTED, PHASES)),
+                             Q_STAGES, DOUT_STAGES, ROTATE, LISTED)),
+                (_storer, (dq_desc, dq_smem, dq_free, where, entries_ptr, BLOCK_M, BLOCK_D, ROTATE, LISTED)),
             ],
             [1, 1],
             [OTHER_REGISTERS, OTHER_REGISTERS],
@@ -787,10 +755,9 @@ def attention_backward(
         gl.warp_specialize(
             [
                 (_consumer, (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, False,
-                             ALIGNED)),
+                             Q_STAGES, DOUT_STAGES, MASKED, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
-                             Q_STAGES, DOUT_STAGES, ROTATE, LISTED, PHASES)),
+                             Q_STAGES, DOUT_STAGES, ROTATE, LISTED)),
             ],
             [1],
             [OTHER_REGISTERS],

@@ -15,7 +15,6 @@ class Config(NamedTuple):
         block_m: query rows of a step.
         q_stages, dout_stages: tiles of q and of dout in flight, at most three.
         rotate: programs start at different query tiles, so that their additions to dq do not collide (no mask).
-        dk_shared: ds comes to dk's product from shared memory: fewer registers, more to read. With dq only.
         other_registers: a thread's in the warps that load and store; those that compute get the rest.
     """
 
@@ -23,7 +22,6 @@ class Config(NamedTuple):
     q_stages: int = 3
     dout_stages: int = 2
     rotate: bool = True
-    dk_shared: bool = False
     other_registers: int = 24
 
 
@@ -34,8 +32,8 @@ def block_d(head_dim: int, v_head_dim: int) -> int:
 
 def select(dim: int, with_dq: bool) -> Config:
     """The configuration for a padded head dimension, with or without dq (whose buffers take memory)."""
-    if dim == 64:  # with ds in registers 400 to 800 bytes would be spilled
-        return Config(128, dk_shared=with_dq)
+    if dim == 64:
+        return Config(128)
     return Config(64, dout_stages=2 if with_dq else 3)
 
 

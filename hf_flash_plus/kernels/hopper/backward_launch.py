@@ -394,10 +394,6 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     heads_per_split = group // parts.splits
     grouped = heads_per_split > 1
     n_heads = parts.splits * batch * nheads_k
-    if listed or bounds.has_left:
-        mask = 2
-    else:
-        mask = 2 * int(masked)
     list_stride = 0 if parts.intervals is None or parts.intervals.shape[0] == 1 else parts.n_tiles_k
     softcap = parts.softcap
     block_m, dim = config.block_m, parts.block_d
@@ -419,18 +415,15 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         "BLOCK_D": dim,
         "Q_STAGES": config.q_stages,
         "DOUT_STAGES": config.dout_stages,
-        "MASK": mask,
+        "MASKED": listed or masked,
         "HAS_LEFT": bounds.has_left,
         "HAS_RIGHT": bounds.has_right,
         "LISTED": listed,
         "GROUPED": grouped,
         "HAS_SOFTCAP": softcap > 0.0,
         "TAIL": keys % BLOCK_N != 0,
-        "ROTATE": config.rotate and mask == 0 and mode == MODES["unordered"],
+        "ROTATE": config.rotate and not (listed or masked) and mode == MODES["unordered"],
         "WITH_DQ": mode == MODES["unordered"],
-        "DK_SHARED": config.dk_shared,
-        # The diagonal runs through the corners of tiles where row i sees keys up to i.
-        "ALIGNED": mask == 1 and bounds.right == 0,
         "OTHER_REGISTERS": config.other_registers,
         "num_warps": 8,
     }

@@ -73,14 +73,14 @@ BF16, FP16 = torch.bfloat16, torch.float16
 DQ_SPILLS = 128
 #: mode, mask, head_dim, nheads_k, seqlen, softcap, dtype, and how many bytes of registers may be spilled.
 VARIANTS = [
-    ("unordered", "full", 128, 32, 4096, 0.0, BF16, 32),
-    ("unordered", "causal", 128, 32, 4096, 0.0, BF16, 32),
-    ("unordered", "causal", 128, 8, 512, 0.0, BF16, 32),  # dk and dv in fp32, of several programs
-    ("split", "causal", 128, 32, 4096, 0.0, BF16, 32),
+    ("unordered", "full", 128, 32, 4096, 0.0, BF16, 128),
+    ("unordered", "causal", 128, 32, 4096, 0.0, BF16, 192),
+    ("unordered", "causal", 128, 8, 512, 0.0, BF16, 192),  # dk and dv in fp32, of several programs
+    ("split", "causal", 128, 32, 4096, 0.0, BF16, 96),
     ("split", "full", 64, 32, 4096, 0.0, FP16, 32),
-    ("split", "intervals", 128, 8, 4000, 20.0, BF16, 160),
-    ("unordered", "window", 64, 32, 4096, 0.0, FP16, 96),
-    ("unordered", "intervals", 128, 8, 4000, 0.0, BF16, 128),
+    ("split", "intervals", 128, 8, 4000, 20.0, BF16, 400),
+    ("unordered", "window", 64, 32, 4096, 0.0, FP16, 160),
+    ("unordered", "intervals", 128, 8, 4000, 0.0, BF16, 256),
 ]
 if os.environ.get("HF_FLASH_PLUS_AOT") == "full":
     VARIANTS += [

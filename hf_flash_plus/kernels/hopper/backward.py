@@ -18,8 +18,8 @@ in one of their own, the addresses of the products' operands would take so many 
 once a step, at ds. All else is said by barriers at which they only arrive (Gluon's own arrival would make them wait).
 
 An iteration begins between two tiles, with ds of the one in shared memory. Its dq, the scores of the next and its dk
-are started together. While they are computed dq goes to shared memory, and the next tile's weights are made; those are in
-turn what its dp and dv are started with, beside which its ds is made. The order of waits is what keeps ptxas from
+are started together. While they are computed dq goes to shared memory, and the next tile's weights are made; those are
+in turn what its dp and dv are started with, beside which its ds is made. The order of waits is what keeps ptxas from
 serialising the products: change it only with its warnings C7510 to C7519 in view, which tests/kernels/aot checks.
 Something has to need the weights before dk is waited for: else ptxas computes them behind that wait.
 """

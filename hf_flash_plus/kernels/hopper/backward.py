@@ -6,12 +6,12 @@ tensor memory accelerator. Two warpgroups, 64 keys each, compute transposed (key
     p  = exp(scale * k q^T - lse)       dp = v dout^T - delta        ds = p * dp
     dv = p dout                         dk = scale * ds q            dq = scale * ds^T k
 
-``-lse / scale`` and ``-delta`` are the start values of the first two products, so that they cost nothing. p and ds go
-from registers into the products for dv and dk, which stay in registers over all query tiles (and, with grouped heads,
-over the query heads of the group). dq needs ds of all keys, through shared memory. Its parts go through shared memory
-too, to a storer warp that has the tensor memory accelerator add them to sums in fp32. The sums of all key tiles' parts
-come in any order: the last bits of dq differ from run to run. Without dq (WITH_DQ false; ``backward_dq`` computes it)
-the rest is bitwise repeatable.
+``-lse / scale`` and ``-delta`` are the start values of the first two products, so that they cost nothing. p goes from
+registers into the product for dv; dk and dv stay in registers over all query tiles (and, with grouped heads, over the
+query heads of the group). dq needs ds of all keys: ds goes through shared memory, also for dk, whose share of it in
+registers would be held for too long. The parts of dq go through shared memory too, to a storer warp that has the
+tensor memory accelerator add them to sums in fp32. The sums of all key tiles' parts come in any order: the last bits
+of dq differ from run to run. Without dq (WITH_DQ false; ``backward_dq`` computes it) the rest is bitwise repeatable.
 
 Both warpgroups are one partition of 8 warps, since only the kernel's first partition gets uniform registers from ptxas;
 in one of their own, the addresses of the products' operands would take so many of the others that it spills. They meet

@@ -128,6 +128,31 @@ def test_lengths_do_not_recompile() -> None:
     assert len(hashes) == 1
 
 
+@pytest.mark.parametrize(
+    ("mask", "nheads_k", "seqlen", "batch", "section"),
+    [
+        ("causal", 8, 4096, 4, 4),  # 128 programs on 132 cores; the cache would hold 2 heads
+        ("causal", 8, 3000, 4, 8),  # 5 would leave 2 for the end
+        ("causal", 32, 4096, 4, 8),
+        ("full", 8, 4096, 4, 2),  # programs of one length
+        ("causal", 8, 256, 1, 8),  # all there are
+    ],
+)
+def test_sections(mask: str, nheads_k: int, seqlen: int, batch: int, section: int) -> None:
+    """How many key heads are in flight together: what fits the cache, and under a diagonal a program for each core."""
+    inputs = call(
+        BF16, 128, batch=batch, seqlen=seqlen, nheads=32, nheads_k=nheads_k, mask={"causal": CAUSAL, "full": FULL}[mask]
+    )
+    with compiling_for("sm90"):
+        q = inputs.query
+        lse = torch.empty(batch, 32, seqlen, dtype=torch.float32, device=q.device)
+        parts = backward_launch.take_apart(inputs, q, lse, q, "unordered")
+        if parts.splits == 1:
+            assert backward_launch._section(parts) == section
+        else:
+            assert backward_launch._section(parts) == section * parts.splits
+
+
 @pytest.mark.parametrize(("mode", "mask"), [("split", "causal"), ("unordered", "intervals")])
 def test_arguments_of_a_direct_launch(mode: str, mask: str) -> None:
     """What a compiled kernel is launched with, beside Triton's own look-up, is what Triton itself would pass; and its

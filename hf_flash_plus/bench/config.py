@@ -132,7 +132,8 @@ class BenchConfig:
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         budget_s: seconds of measuring per case and direction, shared by the peers.
         rounds, rest_s: the peers take turns this often, with rests between (the chip throttles).
-        model, works, repeats, warmup: of ``e2e``: its type and its configuration's fields; what to do; how often.
+        model, works, repeats, warmup: of ``e2e``: its type and its configuration's fields; what to do; how often
+            (a work's own ``warmup`` and ``repeats`` come first).
         raw: the file as read, for the result.
     """
 

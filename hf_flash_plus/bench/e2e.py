@@ -87,6 +87,11 @@ def work_name(work: dict[str, Any]) -> str:
     }  # fmt: skip
     if unknown:
         raise ConfigError(f"work {work!r}: unknown {sorted(unknown)}.")
+    for key, least in (("warmup", 0), ("repeats", 1)):
+        if not isinstance(work.get(key, least), int) or work.get(key, least) < least:
+            raise ConfigError(
+                f"work {work!r}: {key} is {work[key]!r}; it has to be a whole number of at least {least}."
+            )
     words = [kind, *([] if layout == "plain" else [layout]), *([work["cache"]] if work.get("cache") else [])]
     if kind == "continuous" and (layout != "plain" or work.get("cache")):
         raise ConfigError(f"work {work!r}: continuous batching has neither layouts nor a choice of caches.")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..inputs import DTYPES, AttentionInputs, CallSignature
+from ..inputs import MAX_GRID, DTYPES, AttentionInputs, CallSignature
 from ..masks import additive, visible
 from .base import ALL_FEATURES, AttentionOutput, Provider, torch_is_deterministic
 from .reference import alibi_bias, row_sinks
@@ -159,7 +159,7 @@ def _batch_at_a_time(q: Tensor) -> int:
     if q.device.type != "cuda":
         return max(q.shape[0], 1)
     rows, dim = -(-q.shape[2] // 128) * 128, -(-q.shape[3] // 32) * 32
-    return max(min(65535, (2**31 - 1) // max(q.shape[1] * rows * dim, 1)), 1)
+    return max(min(MAX_GRID, (2**31 - 1) // max(q.shape[1] * rows * dim, 1)), 1)
 
 
 def _flags_suffice(inputs: AttentionInputs) -> bool:

@@ -436,3 +436,26 @@ def test_e2e_run_of_an_encoder(tmp_path: Path) -> None:
 def test_e2e_works_are_checked(work: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         run(configuration.parse({**E2E, "works": [work]}), CPU, tmp_path, ignore)
+
+
+@pytest.mark.parametrize("work_own", [{}, {"warmup": 0, "repeats": 3}])
+def test_rounds_of_a_work(work_own: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A work's own warm-up and rounds come before the benchmark's."""
+    from types import SimpleNamespace
+
+    from hf_flash_plus.bench import e2e
+
+    steps: list[str] = []
+    monkeypatch.setattr(e2e, "_train", lambda *_: (lambda: steps.append("step"), 8))
+    settings: Any = SimpleNamespace(warmup=1, repeats=2)
+    work = {"kind": "train", "batch": 1, "seqlen": 8, **work_own}
+    (row,) = e2e._measure(settings, [e2e.Peer("flash_plus", torch.nn.Linear(1, 1), None)], work, torch.device("cpu"))
+    assert len(steps) == 3 and len(row["seconds"]) == (3 if work_own else 2)
+
+
+@pytest.mark.parametrize("wrong", [{"repeats": 0}, {"warmup": -1}, {"repeats": "3"}])
+def test_rounds_that_are_none(wrong: dict[str, Any]) -> None:
+    from hf_flash_plus.bench.e2e import work_name
+
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        work_name({"kind": "train", "batch": 1, "seqlen": 8, **wrong})

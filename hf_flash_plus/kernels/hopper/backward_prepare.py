@@ -191,7 +191,7 @@ def dq_rows(
     batch_head, tile = tile_at // n_tiles_q, tile_at % n_tiles_q
     batch, head = batch_head // nheads, batch_head % nheads
     x = tl.load(sums_ptr + tile_at * (BLOCK_M * BLOCK_D) + part * 4096 + tl.arange(0, 4096))
-    # Register, quarter of a warp, row in it, ...: see _add_dq.
+    # Register, quarter of a warp, row in it, ...: see backward._hand_over.
     x = tl.reshape(x, (8, 4, 8, 4, 2, 2))
     x = tl.reshape(tl.permute(x, (1, 4, 2, 0, 3, 5)), (64, 64)) * scale
     # One part beside the other where rows have 128 columns, else one below the other.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..inputs import MAX_GRID, DTYPES, AttentionInputs, CallSignature
+from ..inputs import DTYPES, MAX_GRID, AttentionInputs, CallSignature
 from ..masks import additive, visible
 from .base import ALL_FEATURES, AttentionOutput, Provider, torch_is_deterministic
 from .reference import alibi_bias, row_sinks

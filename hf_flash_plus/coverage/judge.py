@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cells import DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
-from .choices import Choices
+from .choices import SELECTIONS, WITH_THRESHOLDS, Choices
 from .compare import Outputs, error, has_nan
 from .device import answers, settle
 from .exceptions import RAISES, reference
@@ -195,8 +195,17 @@ def _with_same_choices(
     """The comparison with the fp32 reference's choices of experts and keys put into both runs in low precision, by the
     same bound; None where there are no choices, or the runs do not make the same ones, or it is not within the bound.
     """
+    for names in (SELECTIONS, WITH_THRESHOLDS):
+        cell = _with_same(Choices(names), subject, observe, keep, implementation)
+        if cell is not None:
+            return cell
+    return None
+
+
+def _with_same(
+    choices: Choices, subject: Subject, observe: Observe, keep: dict[str, Tensor] | None, implementation: str
+) -> Cell | None:
     dtype = subject.settings.dtype
-    choices = Choices()
     with choices.recorded():
         expected = observe(subject.model(implementation, torch.float32), torch.float32)
     if not len(choices):
@@ -213,7 +222,8 @@ def _with_same_choices(
     allowed, value = (error(expected, found, keep, floor=LOW_FLOOR) for found in outputs)
     if value > max(LOW_PRECISION_FACTOR * allowed, LOW_PRECISION_FLOOR):
         return None
-    return Cell(EXACT, value, f"with the choices that {implementation} makes in fp32 (topk, argmax) in both", allowed)
+    how = ", ".join(choices.names).replace("__gt__", "thresholds")
+    return Cell(EXACT, value, f"with the choices that {implementation} makes in fp32 ({how}) in both", allowed)
 
 
 def _low_precision_failure(subject: Subject, observe: Observe, implementation: str) -> str | None:

@@ -20,7 +20,7 @@ import transformers
 
 from hf_flash_plus.coverage import judge as judging
 from hf_flash_plus.coverage.cells import CHECKS, DIFFERENT, EXACT, NOT_RUNNABLE, REFUSED, Cell
-from hf_flash_plus.coverage.choices import Choices
+from hf_flash_plus.coverage.choices import WITH_THRESHOLDS, Choices
 from hf_flash_plus.coverage.compare import collect, error, identical, real_positions
 from hf_flash_plus.coverage.exceptions import reference
 from hf_flash_plus.coverage.find import find_subject, model_types
@@ -347,6 +347,29 @@ def test_choices_are_repeated_where_the_runs_are_alike() -> None:
     for others in (lambda: second.argmax(-1), lambda: torch.topk(second[:, :2], 2), lambda: torch.topk(second, 2)):
         with pytest.raises(LookupError), choices.repeated():
             others()
+
+
+def test_thresholds_are_repeated_too_where_a_router_has_them() -> None:
+    choices, first, second = Choices(WITH_THRESHOLDS), torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 2.0]])
+    with choices.recorded():
+        first.max(dim=-1, keepdim=True)
+        torch.max(first, -1)
+        _ = first > 2.0
+        _ = torch.tensor([3, 1]) > 2  # whole numbers are nobody's choice, nor is the largest of all
+        first.max()
+    assert len(choices) == 3
+    with choices.repeated():
+        kept, (values, indices) = second.max(dim=-1, keepdim=True), second.max(-1)
+        above = second > 0.0
+        assert (torch.tensor([0, 3]) > 2).tolist() == [False, True] and second.max() == 2.0
+    assert kept.values.tolist() == [[1.0]] and kept.indices.tolist() == [[0]]
+    assert values.tolist() == [1.0] and indices.tolist() == [0] and above.tolist() == [[True, False]]
+
+
+def test_a_router_with_thresholds_is_compared_with_the_same_ones() -> None:
+    """In bf16 an expert of phimoe's lies at its threshold: fp32 keeps it, or does not, and so do two runs in bf16."""
+    row = run_row("phimoe", ["gradients"], Settings(dtype=torch.bfloat16))
+    assert row.outcome() == EXACT
 
 
 def test_what_eager_cannot_do_in_low_precision_is_not_runnable() -> None:

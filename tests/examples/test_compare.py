@@ -61,6 +61,15 @@ def test_one_seed_that_diverges_is_not_within():
     assert not compare_curves.judge(lines)["within"]
 
 
+def test_what_chance_explains_is_told_from_what_it_does_not():
+    """The same noise in all, a little more in ours at one step: not rare. Ours lower throughout: rarer than 1 in 20."""
+    lines = curves(flash_plus=0, sdpa=0, eager=0)
+    smooth = {name: np.array(list(seeds.values())) for name, seeds in lines.items()}
+    assert compare_curves.by_chance(smooth) > compare_curves.SIGNIFICANT
+    smooth["flash_plus"] = smooth["flash_plus"] - 0.06
+    assert compare_curves.by_chance(smooth) == pytest.approx(1 / 27)
+
+
 @pytest.mark.slow
 def test_curves_from_end_to_end(tmp_path, capsys):
     options = ["--models", "llama", "--seeds", "0,1", "--dropouts", "0,0.5", "--steps", "4", "--mixed_precision", "no"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if HERE in Path(item.path).parents:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _bounds() -> Iterator[None]:
+    """No kernel reads or writes outside of its arguments' memory, in any of these tests."""
+    if _missing_reason():
+        yield
+        return
+    from .bounds import checked
+
+    with checked():
+        yield

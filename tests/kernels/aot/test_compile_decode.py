@@ -50,7 +50,7 @@ def _launches(
         **extra,
     )
     call = launch.prepare(inputs)
-    recipe = decode_launch.find_recipe(call.structure, HEADS // KEY_HEADS * rows, batch * KEY_HEADS, pages)
+    recipe = decode_launch.find_recipe(call.structure, HEADS // KEY_HEADS, rows, batch * KEY_HEADS, pages, 2)
     out = _meta(batch, rows, HEADS, v_head_dim, dtype=dtype)
     lse = _meta(batch, HEADS, rows, dtype=torch.float32)
     table = _meta(batch, KEYS // pages, dtype=torch.int32) if pages else None

@@ -38,7 +38,7 @@ from .primitives import (
 #: Arguments that change from call to call: Triton must not compile anew where one becomes 1 or divisible by 16.
 RUNTIME_SIZES = (
     "nheads_k", "group", "seqlen_q", "seqlen_k", "n_splits", "n_row_tiles", "window_left", "window_right",
-    "intervals_stride_b", "intervals_stride_s", "key_mask_stride_b", "key_holes_stride_b",
+    "intervals_stride_b", "intervals_stride_s", "key_mask_stride_b", "key_holes_stride_b", "table_stride_b",
 )  # fmt: skip
 
 

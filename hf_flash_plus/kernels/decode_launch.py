@@ -44,11 +44,15 @@ class Way(NamedTuple):
     per_core: int = 1
 
 
+#: Calls that are told apart by what was measured: keys in one piece that all rows see, a padding mask (rows of several
+#: lengths, which more and shorter splits balance), and pages.
+WHOLE, PADDED, PAGED = 0, 1, 2
 #: What was measured to be best on sm90 for a few rows, by bytes of a head's row (128, 256), number of programs without
-#: splits (see :func:`programs_class`) and of keys (:func:`keys_class`): keys of a tile, warps, stages, keys to
-#: prefetch, keys of a split at least, programs for each multiprocessor. ``python -m hf_flash_plus.kernels.tune_decode``
-#: measures them; a class that is not here is computed by the rule in :func:`_way`.
-_SM90_WAYS: dict[tuple[int, int, int], tuple[int, int, int, int, int, int]] = {}
+#: splits (see :func:`programs_class`), of keys (:func:`keys_class`), and kind (where one is missing, that of WHOLE
+#: serves): keys of a tile, warps, stages, keys to prefetch, keys of a split at least, programs for each multiprocessor.
+#: ``python -m hf_flash_plus.kernels.tune_decode`` measures them; a class that is not here is computed by the rule in
+#: :func:`_way`.
+_SM90_WAYS: dict[tuple[int, int, int, int], tuple[int, int, int, int, int, int]] = {}
 
 
 def keys_class(seqlen_k: int) -> int:
@@ -63,8 +67,8 @@ def programs_class(programs: int, cores: int) -> int:
 
 
 @cache
-def _way(s: Structure, block_m: int, programs: int, keys: int) -> Way:
-    """The way of a call with that many (key head, tile of rows) pairs and that class of keys.
+def _way(s: Structure, block_m: int, programs: int, keys: int, kind: int) -> Way:
+    """The way of a call with that many (key head, tile of rows) pairs, that class of keys, and of a kind.
 
     The rule is 16 KiB of keys in three stages. Timed on an H100 in CUDA graphs, 32 query and 8 key heads, 1 to 64 rows
     over 512 to 32768 keys. A multiprocessor is busy with one program of such tiles, and 64 programs get all that the
@@ -78,8 +82,9 @@ def _way(s: Structure, block_m: int, programs: int, keys: int) -> Way:
     shared = _SHARED.get(s.device.arch)
     if shared is None:  # AMD's compiler pipelines in registers
         return _plain_way(tiles.Tile(block_m, max(16, min(64, 16384 // row_bytes)), _WARPS, 1))
-    if s.device.arch == "sm90" and block_m == 16:
-        found = _SM90_WAYS.get((row_bytes, programs_class(programs, cores), keys))
+    if s.device.arch == "sm90" and block_m == 16 and s.dtype.itemsize == 2:
+        group = (row_bytes, programs_class(programs, cores), keys)
+        found = _SM90_WAYS.get((*group, kind)) or _SM90_WAYS.get((*group, WHOLE))
         if found is not None:
             block_n, warps, stages, *splitting = found
             return Way(tiles.Tile(block_m, block_n, warps, stages), *splitting)
@@ -232,7 +237,8 @@ def find_recipe(s: Structure, group: int, seqlen_q: int, key_heads: int, page_si
     pairs = group * seqlen_q
     block_m = _row_block(pairs)
     row_tiles = _cdiv(pairs, block_m)
-    return make_recipe(s, _way(s, block_m, key_heads * row_tiles, keys), pairs, page_size, seqlen_q == 1)
+    kind = PAGED if page_size else PADDED if s.has_key_mask else WHOLE
+    return make_recipe(s, _way(s, block_m, key_heads * row_tiles, keys, kind), pairs, page_size, seqlen_q == 1)
 
 
 def make_recipe(s: Structure, way: Way, pairs: int, page_size: int, one_row: bool) -> Recipe:

@@ -207,7 +207,9 @@ def candidates(spec: Spec, usable: set[tuple[Any, ...]], more: list[tuple[int, .
     found = []
     full = max(1, _CORES // spec.programs)
     for way in ways(spec, more):
-        wanted = {1, full // 4, full // 2, full, 2 * full} | ({4 * full} if way[1] <= 2 else set())
+        wanted = {1, full // 4, full // 2, full, 2 * full}
+        if way[1] <= 2 or spec.padded:  # small programs, or of several lengths: more of them
+            wanted |= {4 * full} | ({8 * full} if spec.padded else set())
         for splits in sorted(wanted):
             if not 1 <= splits <= decode_launch.MAX_SPLITS or (splits > 1 and splits * way[0] > spec.keys):
                 continue
@@ -294,7 +296,7 @@ def tune(
         errors["now"] = "WRONG"
     # As it was before there was a path for one row: the same tile and splits.
     structure = launch.prepare(data.inputs).structure
-    rule = decode_launch._way(structure, 16, spec.programs, -1)
+    rule = decode_launch._way(structure, 16, spec.programs, -1, decode_launch.WHOLE)
     splits = decode_launch.n_splits(spec.programs, spec.keys, rule.least_keys, _CORES)
     before = Candidate(*rule.tile[1:], 0, splits, splits > 1, False)
     for candidate in (*final, before):

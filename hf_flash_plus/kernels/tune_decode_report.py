@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from .decode_launch import keys_class, programs_class
+from .decode_launch import PADDED, PAGED, WHOLE, keys_class, programs_class
 
 _NEAR = 1.015
 
@@ -83,14 +83,15 @@ def summary(found: dict[str, Any]) -> list[str]:
 def proposal(found: dict[str, Any]) -> list[str]:
     """Entries of ``_SM90_WAYS``, from the candidates that a call outside of eager steps can take (two launches)."""
     cores = found["cores"]
-    classes: dict[tuple[int, int, int], dict[str, list[tuple[float, dict[str, Any]]]]] = {}
+    classes: dict[tuple[int, int, int, int], dict[str, list[tuple[float, dict[str, Any]]]]] = {}
     popular: dict[tuple[int, ...], int] = {}
     for row in found["rows"]:
         spec, times = row["spec"], measured(row, 2)
-        if spec["page_size"] or spec["padded"] or not times:
+        if not times:
             continue
+        kind = PAGED if spec["page_size"] else PADDED if spec["padded"] else WHOLE
         programs = spec["batch"] * spec["nheads_k"]
-        key = (2 * spec["head_dim"], programs_class(programs, cores), keys_class(spec["keys"]))
+        key = (2 * spec["head_dim"], programs_class(programs, cores), keys_class(spec["keys"]), kind)
         best = min(times.values())
         for name, us in times.items():
             candidate = row["candidates"][name]
@@ -103,6 +104,7 @@ def proposal(found: dict[str, Any]) -> list[str]:
         near = [
             (-popular.get(tries[0][1]["entry"][:4], 0), statistics.mean(t[0] for t in tries), tries[0][1]["entry"])
             for tries in classes[key].values()
+            if len(tries) == max(map(len, classes[key].values()))  # measured on all of the class's shapes
         ]
         least = min(cost for _, cost, _ in near)
         _, cost, entry = min(item for item in near if item[1] <= least * _NEAR)

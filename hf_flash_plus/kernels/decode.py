@@ -276,12 +276,12 @@ def attention_decode(
                 in_range = keys < split_last
             if PAGE_SIZE == 0:
                 wide_key = first_key.to(tl.int64)
-                k_rows, v_rows = local_keys.to(tl.int64) * k_stride_s, local_keys.to(tl.int64) * v_stride_s
+                k_rows, v_rows = local_keys * k_stride_s, local_keys * v_stride_s
                 k_tile, v_tile = k_base + wide_key * k_stride_s, v_base + wide_key * v_stride_s
             elif ONE_PAGE:
                 page = tl.load(table_ptr + first_key // PAGE_SIZE).to(tl.int64)
                 slot = (first_key % PAGE_SIZE).to(tl.int64)
-                k_rows, v_rows = local_keys.to(tl.int64) * k_stride_s, local_keys.to(tl.int64) * v_stride_s
+                k_rows, v_rows = local_keys * k_stride_s, local_keys * v_stride_s
                 k_tile = k_base + page * k_stride_b + slot * k_stride_s
                 v_tile = v_base + page * v_stride_b + slot * v_stride_s
             else:

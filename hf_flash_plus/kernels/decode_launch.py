@@ -317,9 +317,10 @@ def _n_outputs(recipe: Recipe, programs: int, splits: int) -> int:
 
 
 @cache
-def _combine_plan(s: Structure, block_m: int) -> Plan:
+def _combine_plan(s: Structure, block_m: int, block_splits: int) -> Plan:
+    """For few splits, one warp: it needs no barrier, and all that it loads is under way at once."""
     block_dv = tiles.padded(s.v_head_dim)
-    tile = tiles.Tile(block_m, max(4, min(32, 8192 // block_dv)), 2 if block_dv <= 64 else 4, 1)
+    tile = tiles.Tile(block_m, block_splits, max(1, min(4, block_splits * block_dv // 1024)), 1)
     options = {
         "V_HEAD_DIM": s.v_head_dim,
         "BLOCK_M": block_m,
@@ -342,7 +343,8 @@ def combine_launch(
     parts = space.parts
     part_lse = parts[_n_outputs(recipe, batch * nheads_k * recipe.row_tiles, splits) :]
     sizes = (nheads_k, nheads // nheads_k, seqlen_q, splits, recipe.row_tiles)
-    plan = _combine_plan(s, recipe.plan.tile.block_m)
+    most = max(4, min(32, 8192 // tiles.padded(s.v_head_dim)))
+    plan = _combine_plan(s, recipe.plan.tile.block_m, max(4, min(most, 1 << (splits - 1).bit_length())))
     return Launch(
         plan, batch * seqlen_q * nheads, (parts, part_lse, out, lse, *sizes), 4, (out.device.index, lse is None)
     )

@@ -380,7 +380,12 @@ def compile_all(specs: list[Spec], more: list[tuple[int, ...]], jobs: int) -> se
     ]
     if _DEVICE.type == "cpu":
         return {(_kind(spec), *c[:4], c.splits > 1, c.two) for spec, c in wanted}
-    # What they are compared with.
+    # Combinations of other numbers of splits, and what candidates are compared with.
+    wanted += [
+        (spec, Candidate(*TILES[0], 0, splits, True))
+        for spec in {_kind(spec): spec for spec in specs}.values()
+        for splits in (8, 16, 32)
+    ]
     wanted += [
         (spec, Candidate(*tile, 0, splits, splits > 1, False))
         for spec in {_kind(spec): spec for spec in specs}.values()

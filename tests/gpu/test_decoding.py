@@ -97,7 +97,7 @@ def test_tickets_equal_sdpa(kind: str, head_dim: int, tickets: list[bool]) -> No
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("page_size,padded", [(0, False), (16, False), (256, False), (0, True)], ids=str)
 def test_keys_asked_for_ahead(page_size: int, padded: bool, head_dim: int) -> None:
-    """With and without prefetching, whole and split, from pages and behind NaN in the padding, at lengths around tiles."""
+    """With and without prefetching, whole and split, from pages and behind NaN of padding, at lengths around tiles."""
     from hf_flash_plus.kernels import tune_decode
 
     for keys in (1, 63, 64, 65, 300, 1000):

@@ -198,8 +198,8 @@ def ways(spec: Spec, more: list[tuple[int, ...]]) -> list[tuple[int, int, int, i
     """Keys, warps, stages and prefetched keys that fit the memory of a multiprocessor."""
     few = bool(spec.page_size or spec.padded)
     found = [(*tile, ahead) for tile in (FEW_TILES if few else TILES) for ahead in PREFETCH]
-    found += [(*entry, 0)[:4] for entry in more]
-    return [w for w in found if max(1, w[2] - 1) * 4 * w[0] * spec.head_dim <= _SHARED]  # type: ignore[misc]
+    found += [(w[0], w[1], w[2], w[3] if len(w) > 3 else 0) for w in more]
+    return [w for w in found if max(1, w[2] - 1) * 4 * w[0] * spec.head_dim <= _SHARED]
 
 
 def candidates(spec: Spec, usable: set[tuple[Any, ...]], more: list[tuple[int, ...]]) -> list[Candidate]:

@@ -50,8 +50,8 @@ WHOLE, PADDED, PAGED = 0, 1, 2
 #: What was measured to be best on sm90 for a few rows, by bytes of a head's row (128, 256), number of programs without
 #: splits (see :func:`programs_class`), of keys (:func:`keys_class`), and kind (where one is missing, that of WHOLE
 #: serves): keys of a tile, warps, stages, keys to prefetch, keys of a split at least, programs for each multiprocessor.
-#: ``python -m hf_flash_plus.kernels.tune_decode`` measures them (these: one H200, Triton 3.6, 2026-11-28); a class that is not here is computed by the rule in
-#: :func:`_way`.
+#: ``python -m hf_flash_plus.kernels.tune_decode`` measures them (these: one H200, Triton 3.6, 2026-11-28); a class
+#: that is not here is computed by the rule in :func:`_way`.
 _SM90_WAYS: dict[tuple[int, int, int, int], tuple[int, int, int, int, int, int]] = {
     (128, 0, 0, 0): (64, 4, 3, 128, 64, 1),
     (128, 0, 1, 0): (128, 4, 3, 0, 128, 1),

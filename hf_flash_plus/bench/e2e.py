@@ -177,7 +177,11 @@ def _measure(config: BenchConfig, peers: list[Peer], work: dict[str, Any], devic
         return elapsed
 
     for peer in peers:
-        steps[peer.name], tokens = make(peer.model, work, device)
+        try:
+            steps[peer.name], tokens = make(peer.model, work, device)
+        except Exception as error:  # a Transformers without this kind of work
+            failed[peer.name] = _short(error)
+            continue
         for _ in range(work.get("warmup", config.warmup)):
             if peer.name not in failed:
                 turn(peer)

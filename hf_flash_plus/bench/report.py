@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def _print_direction(found: dict[str, Any], direction: str, console: Any) -> Non
 
     rows = [row for row in found["rows"] if row["direction"] == direction]
     units = dict.fromkeys(row["unit"] for row in rows if "unit" in row)
-    title = f"{found['name']}: {direction}, {', '.join(units)} (times {found['baseline']}; above 1 is better)"
+    title = (
+        f"{found['name']}: {direction}, {', '.join(units)} (times {found['baseline']}: above 1 is better; ± of rounds)"
+    )
     table = Table("case", title=title, title_justify="left")
     for peer in found["peers"]:
         table.add_column(peer, justify="right")
@@ -108,6 +111,15 @@ def _print_direction(found: dict[str, Any], direction: str, console: Any) -> Non
     console.print(table)
 
 
+def spread(row: Row) -> float | None:
+    """How far the rounds of a row lie apart: half the distance between its best and worst, in percent of the median;
+    None with less than two. A ratio nearer to 1 than the spreads of both rows says nothing."""
+    rounds = row.get("seconds") or row.get("rounds_ms") or ()
+    if len(rounds) < 2:
+        return None
+    return 50.0 * (max(rounds) - min(rounds)) / statistics.median(rounds)
+
+
 def _cell(row: Row | None) -> str:
     if row is None or row["status"] == "skipped":
         return "-"
@@ -116,6 +128,8 @@ def _cell(row: Row | None) -> str:
     value = row["value"]
     text = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
     text += f" [dim]{row['ratio']:.2f}x[/dim]" if "ratio" in row else ""
+    apart = spread(row)
+    text += f" [dim]±{apart:.0f}%[/dim]" if apart is not None else ""
     if row["direction"] == "decode":  # there the host's time decides, too
         text += f"\n[dim]{row['median_ms'] * 1e3:.1f} us, host {row['host_us']:.0f}[/dim]"
     return text

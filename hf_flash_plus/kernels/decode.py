@@ -29,7 +29,7 @@ from .primitives import (
     apply_softcap,
     kv_tile_range,
     load_tile,
-    online_softmax_update,
+    raise_top,
     row_bounds,
     store_tile,
     tile_index,
@@ -38,7 +38,7 @@ from .primitives import (
 #: Arguments that change from call to call: Triton must not compile anew where one becomes 1 or divisible by 16.
 RUNTIME_SIZES = (
     "nheads_k", "group", "seqlen_q", "seqlen_k", "n_splits", "n_row_tiles", "window_left", "window_right",
-    "intervals_stride_b", "intervals_stride_s", "key_mask_stride_b", "key_holes_stride_b",
+    "intervals_stride_b", "intervals_stride_s", "key_mask_stride_b", "key_holes_stride_b", "table_stride_b",
 )  # fmt: skip
 
 
@@ -112,6 +112,9 @@ def attention_decode(
     HAS_SOFTCAP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -125,6 +128,12 @@ def attention_decode(
     ``(row tiles, n_splits, BLOCK_M, BLOCK_DV)`` and ``part_lse`` fp32 ``(row tiles, n_splits, BLOCK_M)`` are room for
     the splits' results; else they are None. ``counters`` int32 ``(row tiles,)`` is zero before and after; without them
     the splits are left for :func:`attention_decode_combine`.
+
+    ONE_ROW says that ``seqlen_q`` is 1: all pairs of a tile then see the same keys, whose bounds are scalars. Every
+    tile of keys takes the same loop (one at an edge loads zeros for what is hidden), unless keys inside the bounds are
+    hidden. A second loop would begin only when the first has ended, and wait for memory once more. ONE_TILE says that
+    ``n_row_tiles`` is 1. With ONE_ROW, the first PREFETCH keys of a split are asked for at once, ahead of the loop,
+    whose loads wait for the queries and have no more than its stages under way.
     """
     FLOAT_BIAS: tl.constexpr = BIAS == BIAS_FLOAT
     BOOL_BIAS: tl.constexpr = BIAS == BIAS_BOOL
@@ -132,24 +141,38 @@ def attention_decode(
     PRECISE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     # A tile of keys lies in one page: its place is looked up once, not for each key.
     ONE_PAGE: tl.constexpr = PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0
+    # Keys between the bounds of all rows that are hidden all the same: with a key mask, if its holes say so.
+    HIDDEN: tl.constexpr = HAS_KEY_MASK or BOOL_BIAS
+    PHASES: tl.constexpr = 1 if ONE_ROW and not HIDDEN else 2
 
     if EARLY and parts_ptr is not None and counters_ptr is None:
         gdc_launch_dependents()  # the combination waits for all of this launch, but its own start is then behind it
     pid = tl.program_id(0)
     split = pid % n_splits
     unit = pid // n_splits
-    batch_head, row_tile = unit // n_row_tiles, unit % n_row_tiles
+    if ONE_TILE:
+        batch_head, row_tile = unit, unit * 0
+    else:
+        batch_head, row_tile = unit // n_row_tiles, unit % n_row_tiles
     batch = (batch_head // nheads_k).to(tl.int64)
     k_head = (batch_head % nheads_k).to(tl.int64)
 
     pairs = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     pair_ok = pairs < group * seqlen_q
-    rows = pairs % seqlen_q
-    heads = k_head * group + pairs // seqlen_q
+    if ONE_ROW:
+        rows, heads = pairs * 0, k_head * group + pairs
+    else:
+        rows, heads = pairs % seqlen_q, k_head * group + pairs // seqlen_q
     local_keys = tl.arange(0, BLOCK_N)
     dims, v_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q_offsets = rows.to(tl.int64) * q_stride_s + heads * q_stride_h
-    q = load_tile(q_ptr + batch * q_stride_b, q_offsets[:, None] + dims[None, :], pair_ok, HEAD_DIM, True)
+    q_ptr += batch * q_stride_b
+    if PREFETCH > 0:
+        # The queries are stored to shared memory as soon as they are loaded, and everything after the load waits for
+        # that: they come last.
+        prefetch_rows(q_ptr + tl.where(pair_ok, q_offsets, 0), HEAD_DIM, BLOCK_D)
+    else:
+        q = load_tile(q_ptr, q_offsets[:, None] + dims[None, :], pair_ok, HEAD_DIM, True)
     k_base = k_ptr + k_head * k_stride_h
     v_base = v_ptr + k_head * v_stride_h
     if PAGE_SIZE == 0:
@@ -161,14 +184,19 @@ def attention_decode(
     if HAS_INTERVALS:
         intervals_ptr += batch * intervals_stride_b
     start, end = row_bounds(
-        rows, intervals_ptr, intervals_stride_s, intervals_stride_c, seqlen_q, seqlen_k, window_left, window_right,
-        HAS_INTERVALS, HAS_LEFT, HAS_RIGHT,
+        unit * 0 if ONE_ROW else rows, intervals_ptr, intervals_stride_s, intervals_stride_c, seqlen_q, seqlen_k,
+        window_left, window_right, HAS_INTERVALS, HAS_LEFT, HAS_RIGHT,
     )  # fmt: skip
-    seen = pair_ok & (end > start)
-    first = tl.min(tl.where(seen, tl.maximum(start, 0), NO_KEY), axis=0)
-    last = tl.max(tl.where(seen, end, 0), axis=0)
-    full_first = tl.max(tl.where(pair_ok, tl.where(seen, start, NO_KEY), 0), axis=0)
-    full_last = tl.min(tl.where(pair_ok, tl.where(seen, end, 0), NO_KEY), axis=0)
+    if ONE_ROW:
+        start = tl.maximum(start, 0)
+        first, last = start, tl.where(end > start, end, 0)
+        full_first, full_last = 0, last
+    else:
+        seen = pair_ok & (end > start)
+        first = tl.min(tl.where(seen, tl.maximum(start, 0), NO_KEY), axis=0)
+        last = tl.max(tl.where(seen, end, 0), axis=0)
+        full_first = tl.max(tl.where(pair_ok, tl.where(seen, start, NO_KEY), 0), axis=0)
+        full_last = tl.min(tl.where(pair_ok, tl.where(seen, end, 0), NO_KEY), axis=0)
     if HAS_KEY_MASK:
         if HAS_KEY_HOLES:
             holes = tl.load(key_holes_ptr + batch * key_holes_stride_b)
@@ -185,6 +213,19 @@ def attention_decode(
     tiles_per_split = tl.cdiv(tl.cdiv(last - first, BLOCK_N), n_splits)
     split_first = first + split * tiles_per_split * BLOCK_N
     split_last = tl.maximum(split_first, tl.minimum(split_first + tiles_per_split * BLOCK_N, last))  # may be empty
+    if PREFETCH > 0:
+        if split_first < split_last:
+            # Keys that are seen: the block table may hold anything for others.
+            early = tl.minimum(tl.maximum(split_first + tl.arange(0, PREFETCH), start), split_last - 1)
+            if PAGE_SIZE == 0:
+                early_k, early_v = early.to(tl.int64) * k_stride_s, early.to(tl.int64) * v_stride_s
+            else:
+                page = tl.load(table_ptr + early // PAGE_SIZE).to(tl.int64)
+                early_k = page * k_stride_b + (early % PAGE_SIZE) * k_stride_s
+                early_v = page * v_stride_b + (early % PAGE_SIZE) * v_stride_s
+            prefetch_rows(k_base + early_k, HEAD_DIM, BLOCK_D)
+            prefetch_rows(v_base + early_v, V_HEAD_DIM, BLOCK_DV)
+        q = load_tile(q_ptr, q_offsets[:, None] + dims[None, :], pair_ok, HEAD_DIM, True)
 
     diagonal = rows + (seqlen_k - seqlen_q)
     slope = tl.zeros([BLOCK_M], tl.float32)
@@ -203,18 +244,25 @@ def attention_decode(
         key_mask_ptr += batch * key_mask_stride_b
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    # For a few rows, a sum for each key of the tile, and their sum after the last tile: to sum over a tile all warps
+    # have to meet.
+    totals = tl.zeros([BLOCK_M, BLOCK_N if ONE_ROW else 1], tl.float32)
     if HAS_SINKS:
         # A sink is one logit of the whole row: the first split's.
         sink_at = sinks_ptr + batch * sinks_stride_b + heads * sinks_stride_h + rows.to(tl.int64) * sinks_stride_s
         sink = tl.load(sink_at, mask=pair_ok, other=0.0).to(tl.float32)
         sink = tl.where(split == 0, sink, float("-inf"))
         top = sink * LOG2E
-        total = tl.where(sink == float("-inf"), 0.0, 1.0)
+        first_sum = tl.arange(0, totals.shape[1]) == 0
+        totals = tl.where(first_sum[None, :] & (sink[:, None] != float("-inf")), 1.0, totals)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    key_begin, n_before, n_full, n_tiles = kv_tile_range(split_first, split_last, full_first, full_last, BLOCK_N)
-    for phase in tl.static_range(0, 2):
+    if ONE_ROW:
+        key_begin, n_before, n_tiles = split_first, 0, tl.cdiv(split_last - split_first, BLOCK_N)
+        n_full = tl.where(full_last == last, n_tiles, 0) if HIDDEN else n_tiles
+    else:
+        key_begin, n_before, n_full, n_tiles = kv_tile_range(split_first, split_last, full_first, full_last, BLOCK_N)
+    for phase in tl.static_range(0, PHASES):
         if phase == 0:
             steps = n_full
         else:
@@ -222,15 +270,18 @@ def attention_decode(
         for step in tl.range(0, steps):
             first_key = key_begin + tile_index(step, n_before, n_full, phase) * BLOCK_N
             keys = first_key + local_keys
-            in_range = keys < split_last
+            if ONE_ROW:
+                in_range = (keys >= start) & (keys < split_last)
+            else:
+                in_range = keys < split_last
             if PAGE_SIZE == 0:
                 wide_key = first_key.to(tl.int64)
-                k_rows, v_rows = local_keys.to(tl.int64) * k_stride_s, local_keys.to(tl.int64) * v_stride_s
+                k_rows, v_rows = local_keys * k_stride_s, local_keys * v_stride_s
                 k_tile, v_tile = k_base + wide_key * k_stride_s, v_base + wide_key * v_stride_s
             elif ONE_PAGE:
                 page = tl.load(table_ptr + first_key // PAGE_SIZE).to(tl.int64)
                 slot = (first_key % PAGE_SIZE).to(tl.int64)
-                k_rows, v_rows = local_keys.to(tl.int64) * k_stride_s, local_keys.to(tl.int64) * v_stride_s
+                k_rows, v_rows = local_keys * k_stride_s, local_keys * v_stride_s
                 k_tile = k_base + page * k_stride_b + slot * k_stride_s
                 v_tile = v_base + page * v_stride_b + slot * v_stride_s
             else:
@@ -238,8 +289,8 @@ def attention_decode(
                 k_rows = page * k_stride_b + (keys % PAGE_SIZE) * k_stride_s
                 v_rows = page * v_stride_b + (keys % PAGE_SIZE) * v_stride_s
                 k_tile, v_tile = k_base, v_base
-            k = load_tile(k_tile, k_rows[:, None] + dims[None, :], in_range, HEAD_DIM, phase == 1)
-            v = load_tile(v_tile, v_rows[:, None] + v_dims[None, :], in_range, V_HEAD_DIM, phase == 1)
+            k = load_tile(k_tile, k_rows[:, None] + dims[None, :], in_range, HEAD_DIM, ONE_ROW or phase == 1)
+            v = load_tile(v_tile, v_rows[:, None] + v_dims[None, :], in_range, V_HEAD_DIM, ONE_ROW or phase == 1)
             bias = 0.0
             if BIAS != BIAS_NONE:
                 bias_at = bias_rows[:, None] + keys[None, :].to(tl.int64) * bias_stride_k
@@ -250,9 +301,13 @@ def attention_decode(
                 scores, scale, slope[:, None], diagonal[:, None], keys[None, :], bias, HAS_SOFTCAP, HAS_ALIBI,
                 FLOAT_BIAS,
             )  # fmt: skip
+            if ONE_ROW and phase == 0:
+                # Hidden keys were not loaded, so that V is 0 there, and a tile has one that is seen.
+                scores = apply_mask(scores, in_range[None, :])
             if phase == 1:
-                visible = in_range[None, :] & (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
-                visible = visible & pair_ok[:, None]
+                visible = in_range[None, :] & pair_ok[:, None]
+                if not ONE_ROW:
+                    visible = visible & (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
                 if HAS_KEY_MASK:
                     kept = tl.load(key_mask_ptr + keys.to(tl.int64) * key_mask_stride_s, mask=in_range, other=0) != 0
                     visible = visible & kept[None, :]
@@ -261,10 +316,16 @@ def attention_decode(
                 scores = apply_mask(scores, visible)
                 # The memory of hidden keys may hold NaN, and 0 * NaN is NaN.
                 v = tl.where(any_visible(visible, 0)[:, None], v, 0.0)
-            weights, decay, top, total = online_softmax_update(scores, top, total, factor, phase == 1 or FLOAT_BIAS)
+            top, shift, decay = raise_top(scores, top, factor, phase == 1 or FLOAT_BIAS)
+            weights = tl.math.exp2(scores * factor - shift[:, None])
+            if ONE_ROW:
+                totals = totals * decay[:, None] + weights
+            else:
+                totals = totals * decay[:, None] + tl.sum(weights, axis=1)[:, None]
             acc = acc * decay[:, None]
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
 
+    total = tl.sum(totals, axis=1)
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = acc / total[:, None]
@@ -292,6 +353,18 @@ def attention_decode(
                 )  # fmt: skip
                 _store_rows(out_ptr, lse_ptr, out_rows, lse_rows, acc, lse, pair_ok, V_HEAD_DIM)
                 tl.store(counters_ptr + unit, 0)
+
+
+@triton.jit
+def prefetch_rows(rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Ask for rows of HEAD_DIM elements, given by pointers to their first, to be brought into the L2 cache (NVIDIA)."""
+    WIDTH: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth  # elements in a line of 128 bytes
+    LINES: tl.constexpr = (BLOCK_D + WIDTH - 1) // WIDTH
+    inside = tl.minimum(tl.arange(0, LINES) * WIDTH, HEAD_DIM - 1)
+    at = (rows[:, None] + inside[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

@@ -28,29 +28,133 @@ def _row_bytes(s: Structure) -> int:
     return tiles.padded(max(s.head_dim, s.v_head_dim)) * s.dtype.itemsize
 
 
-@cache
-def _tile(s: Structure, block_m: int, programs: int) -> tiles.Tile:
-    """The tile of a call with that many (key head, tile of rows) pairs: 16 KiB of keys in three stages, as a rule.
+class Way(NamedTuple):
+    """How a class of calls is computed.
 
-    Timed on an H100 in CUDA graphs, 32 query and 8 key heads, 1 to 64 rows over 512 to 32768 keys. A multiprocessor is
-    busy with one program of such tiles, and 64 programs get all that the memory gives. Four stages are 2 percent slower
-    at head dim 128 (and 8 warps, and tiles of 32 or 128 keys), but 6 percent faster than three for the tiles of head
-    dim 64 where there is a program for each multiprocessor; beyond that, 128 keys in two stages leave room for three.
+    Attributes:
+        tile: rows and keys of a tile, warps, stages.
+        prefetch: keys of a split that are asked for before anything else (one row, on NVIDIA); 0 or a power of two.
+        least_keys: keys that a split has at least.
+        per_core: programs that splitting aims at, for each multiprocessor.
+    """
+
+    tile: tiles.Tile
+    prefetch: int
+    least_keys: int
+    per_core: int = 1
+
+
+#: Calls that are told apart by what was measured: keys in one piece that all rows see, a padding mask (rows of several
+#: lengths, which more and shorter splits balance), and pages.
+WHOLE, PADDED, PAGED = 0, 1, 2
+#: What was measured to be best on sm90 for a few rows, by bytes of a head's row (128, 256), number of programs without
+#: splits (see :func:`programs_class`), of keys (:func:`keys_class`), and kind (where one is missing, that of WHOLE
+#: serves): keys of a tile, warps, stages, keys to prefetch, keys of a split at least, programs for each multiprocessor.
+#: ``python -m hf_flash_plus.kernels.tune_decode`` measures them (these: one H200, Triton 3.6, 2026-11-28); a class
+#: that is not here is computed by the rule in :func:`_way`.
+_SM90_WAYS: dict[tuple[int, int, int, int], tuple[int, int, int, int, int, int]] = {
+    (128, 0, 0, 0): (64, 4, 3, 128, 64, 1),
+    (128, 0, 1, 0): (128, 4, 3, 0, 128, 1),
+    (128, 0, 1, 2): (128, 4, 2, 0, 128, 1),
+    (128, 0, 2, 0): (128, 4, 3, 0, 128, 1),
+    (128, 0, 2, 2): (64, 4, 3, 0, 256, 2),
+    (128, 0, 3, 0): (64, 4, 4, 0, 1024, 2),
+    (128, 1, 0, 0): (64, 4, 3, 0, 64, 2),
+    (128, 1, 1, 0): (64, 4, 3, 0, 64, 2),
+    (128, 1, 1, 1): (64, 4, 3, 0, 64, 2),
+    (128, 1, 1, 2): (64, 4, 3, 0, 64, 2),
+    (128, 1, 2, 0): (64, 4, 4, 0, 64, 2),
+    (128, 1, 2, 1): (64, 4, 3, 0, 64, 4),
+    (128, 1, 2, 2): (64, 4, 3, 0, 64, 2),
+    (128, 1, 3, 0): (64, 4, 4, 0, 64, 2),
+    (128, 2, 0, 0): (128, 4, 3, 128, 128, 1),
+    (128, 2, 1, 0): (128, 4, 3, 0, 128, 1),
+    (128, 2, 1, 1): (64, 4, 3, 0, 64, 4),
+    (128, 2, 1, 2): (64, 4, 3, 0, 64, 2),
+    (128, 2, 2, 0): (128, 4, 3, 0, 128, 1),
+    (128, 2, 2, 1): (64, 4, 3, 0, 64, 8),
+    (128, 2, 2, 2): (64, 4, 4, 0, 64, 2),
+    (128, 2, 3, 0): (64, 4, 4, 0, 64, 2),
+    (128, 3, 0, 0): (64, 4, 3, 0, 64, 1),
+    (128, 3, 1, 0): (64, 4, 3, 0, 64, 1),
+    (128, 3, 2, 0): (64, 4, 4, 0, 64, 1),
+    (128, 3, 3, 0): (64, 4, 3, 0, 64, 1),
+    (256, 0, 0, 0): (64, 4, 3, 0, 64, 1),
+    (256, 0, 1, 0): (64, 4, 3, 0, 256, 1),
+    (256, 0, 1, 2): (64, 4, 3, 0, 64, 1),
+    (256, 0, 2, 0): (64, 4, 3, 0, 64, 1),
+    (256, 0, 2, 2): (64, 4, 3, 0, 256, 2),
+    (256, 0, 3, 0): (64, 4, 3, 0, 1024, 2),
+    (256, 1, 0, 0): (64, 4, 3, 0, 64, 1),
+    (256, 1, 1, 0): (64, 4, 3, 0, 64, 1),
+    (256, 1, 1, 1): (64, 4, 3, 0, 64, 2),
+    (256, 1, 1, 2): (64, 4, 3, 0, 64, 2),
+    (256, 1, 2, 0): (64, 4, 3, 0, 64, 2),
+    (256, 1, 2, 1): (64, 4, 3, 0, 64, 2),
+    (256, 1, 2, 2): (64, 4, 3, 0, 64, 2),
+    (256, 1, 3, 0): (64, 4, 3, 0, 64, 2),
+    (256, 2, 0, 0): (64, 4, 3, 0, 64, 1),
+    (256, 2, 1, 0): (64, 4, 3, 0, 64, 1),
+    (256, 2, 1, 1): (64, 4, 3, 0, 64, 2),
+    (256, 2, 1, 2): (64, 4, 3, 0, 64, 2),
+    (256, 2, 2, 0): (64, 4, 3, 0, 64, 2),
+    (256, 2, 2, 1): (64, 4, 3, 0, 64, 4),
+    (256, 2, 2, 2): (64, 4, 3, 0, 64, 2),
+    (256, 2, 3, 0): (64, 4, 3, 0, 64, 2),
+    (256, 3, 0, 0): (32, 4, 4, 0, 32, 1),
+    (256, 3, 1, 0): (64, 4, 4, 0, 64, 1),
+    (256, 3, 2, 0): (128, 4, 3, 0, 128, 1),
+    (256, 3, 3, 0): (128, 8, 2, 0, 128, 8),
+}
+
+
+def keys_class(seqlen_k: int) -> int:
+    """0 for less than 1024 keys, 1 for less than 4096, 2 for less than 16384, 3 for more."""
+    return 0 if seqlen_k < 1024 else 1 if seqlen_k < 4096 else 2 if seqlen_k < 16384 else 3
+
+
+def programs_class(programs: int, cores: int) -> int:
+    """By how many splits there are multiprocessors for: 0 for eight and more, 1 for two and more, 2 for one, 3 where
+    there are more programs than multiprocessors."""
+    return 0 if 8 * programs <= cores else 1 if 2 * programs <= cores else 2 if programs <= cores else 3
+
+
+@cache
+def _way(s: Structure, block_m: int, programs: int, keys: int, kind: int) -> Way:
+    """The way of a call with that many (key head, tile of rows) pairs, that class of keys, and of a kind.
+
+    The rule is 16 KiB of keys in three stages. Timed on an H100 in CUDA graphs, 32 query and 8 key heads, 1 to 64 rows
+    over 512 to 32768 keys. A multiprocessor is busy with one program of such tiles, and 64 programs get all that the
+    memory gives. Four stages are 2 percent slower at head dim 128 (and 8 warps, and tiles of 32 or 128 keys), but 6
+    percent faster than three for the tiles of head dim 64 where there is a program for each multiprocessor; beyond
+    that, 128 keys in two stages leave room for three.
     """
     row_bytes, cores = _row_bytes(s), s.device.n_cores
     if s.device.arch == "interpreter":
-        return tiles.Tile(block_m, 32, _WARPS, 1)  # small tiles, so that small tests have several
+        return _plain_way(tiles.Tile(block_m, 32, _WARPS, 1))  # small tiles, so that small tests have several
     shared = _SHARED.get(s.device.arch)
     if shared is None:  # AMD's compiler pipelines in registers
-        return tiles.Tile(block_m, max(16, min(64, 16384 // row_bytes)), _WARPS, 1)
+        return _plain_way(tiles.Tile(block_m, max(16, min(64, 16384 // row_bytes)), _WARPS, 1))
+    if s.device.arch == "sm90" and block_m == 16 and s.dtype.itemsize == 2:
+        group = (row_bytes, programs_class(programs, cores), keys)
+        found = _SM90_WAYS.get((*group, kind)) or _SM90_WAYS.get((*group, WHOLE))
+        if found is not None:
+            block_n, warps, stages, *splitting = found
+            return Way(tiles.Tile(block_m, block_n, warps, stages), *splitting)
     block_n, stages = max(16, min(64, 16384 // row_bytes)), 3
     if row_bytes <= 128 and block_m == 16:
         block_n, stages = (128, 3) if 2 * programs <= cores else (64, 4) if programs <= cores else (128, 2)
-    return tiles.Tile(block_m, block_n, _WARPS, min(stages, max(1, shared // (2 * block_n * row_bytes) - 1)))
+    stages = min(stages, max(1, shared // (2 * block_n * row_bytes) - 1))
+    return _plain_way(tiles.Tile(block_m, block_n, _WARPS, stages))
+
+
+def _plain_way(tile: tiles.Tile) -> Way:
+    return Way(tile, 0, tile.block_n)
 
 
 @cache
-def _decode_plan(s: Structure, tile: tiles.Tile, page_size: int) -> Plan:
+def _decode_plan(s: Structure, way: Way, page_size: int, one_row: bool, one_tile: bool) -> Plan:
+    tile = way.tile
     options = {
         "HEAD_DIM": s.head_dim,
         "V_HEAD_DIM": s.v_head_dim,
@@ -67,6 +171,9 @@ def _decode_plan(s: Structure, tile: tiles.Tile, page_size: int) -> Plan:
         "HAS_SOFTCAP": s.softcap,
         "INPUT_PRECISION": s.device.fp32_precision if s.dtype == torch.float32 else "ieee",
         "EARLY": _starts_early(s),
+        "ONE_ROW": one_row,
+        "ONE_TILE": one_tile,
+        "PREFETCH": way.prefetch if one_row and s.device.arch.startswith("sm") else 0,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_D": tiles.padded(s.head_dim),
@@ -90,10 +197,10 @@ def _starts_early(s: Structure) -> bool:
 
 
 @cache
-def n_splits(programs: int, seqlen_k: int, block_n: int, cores: int) -> int:
-    """Into how many parts the keys are split: as many as there are multiprocessors for, a program each, with a tile of
-    keys at least. Beyond that the parts only cost."""
-    return max(1, min(cores // max(programs, 1), seqlen_k // block_n, MAX_SPLITS))
+def n_splits(programs: int, seqlen_k: int, least_keys: int, cores: int) -> int:
+    """Into how many parts the keys are split: as many as there are multiprocessors for, a program each (``cores`` times
+    what the :class:`Way` says), with so many keys at least. Beyond that the parts only cost."""
+    return max(1, min(cores // max(programs, 1), seqlen_k // least_keys, MAX_SPLITS))
 
 
 class Workspace(NamedTuple):
@@ -148,9 +255,10 @@ def forward(inputs: AttentionInputs, block_table: Tensor | None = None) -> tuple
     page_size = 0 if block_table is None else key.shape[1]
     seqlen_k = key.shape[1] if block_table is None else block_table.shape[1] * page_size
     nheads_k = key.shape[2]
-    recipe = find_recipe(call.structure, nheads // nheads_k * seqlen_q, batch * nheads_k, page_size)
+    group = nheads // nheads_k
+    recipe = find_recipe(call.structure, group, seqlen_q, batch * nheads_k, page_size, keys_class(seqlen_k))
     programs = batch * nheads_k * recipe.row_tiles
-    splits = n_splits(programs, seqlen_k, recipe.plan.tile.block_n, recipe.cores)
+    splits = n_splits(programs, seqlen_k, recipe.least_keys, recipe.cores)
     space = None
     if splits > 1:
         # Nothing that outlives the call: it may be part of a CUDA graph, or of compiled code that is to become one.
@@ -162,25 +270,37 @@ def forward(inputs: AttentionInputs, block_table: Tensor | None = None) -> tuple
 
 
 class Recipe(NamedTuple):
-    """What all calls of one structure and number of rows share, whatever their number of keys.
+    """What all calls of one structure, number of rows and class of keys share.
 
-    ``floats`` is what one split of one tile of rows needs of the workspace.
+    ``cores`` is the number of programs that splitting aims at, ``least_keys`` that of a split's keys; ``floats`` is
+    what one split of one tile of rows needs of the workspace.
     """
 
     plan: Plan
     row_tiles: int
     cores: int
     floats: int
+    least_keys: int
 
 
 @cache
-def find_recipe(s: Structure, pairs: int, key_heads: int, page_size: int) -> Recipe:
-    """The recipe for ``pairs`` (query head, row) pairs per key head, and ``key_heads`` of those over the batch."""
+def find_recipe(s: Structure, group: int, seqlen_q: int, key_heads: int, page_size: int, keys: int) -> Recipe:
+    """The recipe for ``group`` query heads per key head, ``seqlen_q`` rows, ``key_heads`` over the batch, and a class
+    of keys."""
+    pairs = group * seqlen_q
     block_m = _row_block(pairs)
-    floats = block_m * (tiles.padded(s.v_head_dim) + 1)
     row_tiles = _cdiv(pairs, block_m)
-    tile = _tile(s, block_m, key_heads * row_tiles)
-    return Recipe(_decode_plan(s, tile, page_size), row_tiles, s.device.n_cores, floats)
+    kind = PAGED if page_size else PADDED if s.has_key_mask else WHOLE
+    return make_recipe(s, _way(s, block_m, key_heads * row_tiles, keys, kind), pairs, page_size, seqlen_q == 1)
+
+
+def make_recipe(s: Structure, way: Way, pairs: int, page_size: int, one_row: bool) -> Recipe:
+    """The recipe of a way, for ``pairs`` (query head, row) pairs per key head."""
+    block_m = way.tile.block_m
+    row_tiles = _cdiv(pairs, block_m)
+    plan = _decode_plan(s, way, page_size, one_row, row_tiles == 1)
+    floats = block_m * (tiles.padded(s.v_head_dim) + 1)
+    return Recipe(plan, row_tiles, s.device.n_cores * way.per_core, floats, way.least_keys)
 
 
 def decode_launch(
@@ -250,9 +370,10 @@ def _n_outputs(recipe: Recipe, programs: int, splits: int) -> int:
 
 
 @cache
-def _combine_plan(s: Structure, block_m: int) -> Plan:
+def _combine_plan(s: Structure, block_m: int, block_splits: int) -> Plan:
+    """For few splits, one warp: it needs no barrier, and all that it loads is under way at once."""
     block_dv = tiles.padded(s.v_head_dim)
-    tile = tiles.Tile(block_m, max(4, min(32, 8192 // block_dv)), 2 if block_dv <= 64 else 4, 1)
+    tile = tiles.Tile(block_m, block_splits, max(1, min(4, block_splits * block_dv // 1024)), 1)
     options = {
         "V_HEAD_DIM": s.v_head_dim,
         "BLOCK_M": block_m,
@@ -275,7 +396,8 @@ def combine_launch(
     parts = space.parts
     part_lse = parts[_n_outputs(recipe, batch * nheads_k * recipe.row_tiles, splits) :]
     sizes = (nheads_k, nheads // nheads_k, seqlen_q, splits, recipe.row_tiles)
-    plan = _combine_plan(s, recipe.plan.tile.block_m)
+    most = max(4, min(32, 8192 // tiles.padded(s.v_head_dim)))
+    plan = _combine_plan(s, recipe.plan.tile.block_m, max(4, min(most, 1 << (splits - 1).bit_length())))
     return Launch(
         plan, batch * seqlen_q * nheads, (parts, part_lse, out, lse, *sizes), 4, (out.device.index, lse is None)
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..inputs import MAX_ROW_STRIDE, AttentionInputs
 from ..masks import AttentionMask
-from .decode_launch import Workspace, _launch, find_recipe, n_splits, stream_workspace
+from .decode_launch import Recipe, Workspace, _launch, find_recipe, keys_class, n_splits, stream_workspace
 from .launch import _NO_STRIDES, Launch, _strides, addresses, hooked, prepare, raw_stream, starter
 
 
@@ -31,11 +31,11 @@ class Step:
         call = prepare(inputs)
         batch, _, nheads, head_dim = inputs.query.shape
         nheads_k, self.v_head_dim = inputs.value.shape[2:]
-        self.recipe = find_recipe(call.structure, nheads // nheads_k, batch * nheads_k, 0)
+        self.recipes: dict[int, Recipe] = {}  # by class of keys
+        self.structure = call.structure
         self.query_shape = (batch, nheads, 1, head_dim)
         self.key_shape = (batch, nheads_k)
         self.device, self.dtype = inputs.query.device, inputs.query.dtype
-        self.programs = batch * nheads_k * self.recipe.row_tiles
         mask = inputs.mask
         self.masked = tuple(part is not None for part in (mask.row_intervals, mask.key_mask, mask.key_holes))
         self.sizes = (nheads_k, nheads // nheads_k, 1)
@@ -74,9 +74,14 @@ class Step:
                     return None
                 mask_strides = (*mask_strides[:3], *_strides(key_mask), *_strides(holes))
         left, right = min(self.left, seqlen_k + 1), min(self.right, seqlen_k + 1)
-        recipe, programs, device = self.recipe, self.programs, self.device
+        device, keys = self.device, keys_class(seqlen_k)
+        recipe = self.recipes.get(keys)
+        if recipe is None:
+            nheads_k, group, _ = self.sizes
+            recipe = self.recipes[keys] = find_recipe(self.structure, group, 1, batch * nheads_k, 0, keys)
+        programs = batch * self.sizes[0] * recipe.row_tiles
         out = torch.empty((batch, 1, nheads, self.v_head_dim), dtype=self.dtype, device=device)
-        splits = n_splits(programs, seqlen_k, recipe.plan.tile.block_n, recipe.cores)
+        splits = n_splits(programs, seqlen_k, recipe.least_keys, recipe.cores)
         space = stream_workspace(device, programs * splits * recipe.floats, programs) if splits > 1 else None
         launch = _launch(
             recipe,

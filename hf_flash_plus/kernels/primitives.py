@@ -336,6 +336,18 @@ def any_visible(visible, AXIS: tl.constexpr):
 
 
 @triton.jit
+def raise_top(scores, top, factor, MAY_BE_EMPTY: tl.constexpr):
+    """The running maximum after a tile's scores: ``(top, shift, decay)``, see :func:`online_softmax_update`; ``shift``
+    is what is taken from the scores, which is 0 for a row that has seen nothing."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * factor)
+    if MAY_BE_EMPTY:
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    else:
+        shift = new_top
+    return new_top, shift, tl.math.exp2(top - shift)
+
+
+@triton.jit
 def online_softmax_update(scores, top, total, factor, MAY_BE_EMPTY: tl.constexpr):
     """One step of the online softmax over rows.
 
@@ -347,13 +359,8 @@ def online_softmax_update(scores, top, total, factor, MAY_BE_EMPTY: tl.constexpr
     Returns:
         ``(weights, decay, top, total)``; ``decay`` scales what was accumulated before.
     """
-    new_top = tl.maximum(top, tl.max(scores, axis=1) * factor)
-    if MAY_BE_EMPTY:
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    else:
-        shift = new_top
+    new_top, shift, decay = raise_top(scores, top, factor, MAY_BE_EMPTY)
     weights = tl.math.exp2(scores * factor - shift[:, None])
-    decay = tl.math.exp2(top - shift)
     return weights, decay, new_top, total * decay + tl.sum(weights, axis=1)
 
 

@@ -94,6 +94,25 @@ def test_tickets_equal_sdpa(kind: str, head_dim: int, tickets: list[bool]) -> No
             assert sum(tickets) >= 2, "the first call may understand, the second prepare; the others have a ticket"
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("page_size,padded", [(0, False), (16, False), (256, False), (0, True)], ids=str)
+def test_keys_asked_for_ahead(page_size: int, padded: bool, head_dim: int) -> None:
+    """With and without prefetching, whole and split, from pages and behind NaN of padding, at lengths around tiles."""
+    from hf_flash_plus.kernels import tune_decode
+
+    for keys in (1, 63, 64, 65, 300, 1000):
+        spec = tune_decode.Spec(3, keys, 32, 8, head_dim, page_size, padded)
+        data = tune_decode.make_data(spec)
+        exact = tune_decode.reference(spec, data)
+        for ahead in (0, 128, 512):
+            for splits, two in ((1, False), (3, False), (3, True), (20, True)):
+                candidate = tune_decode.Candidate(64, 4, 3, ahead, splits, two)
+                out, launches = tune_decode.launches(spec, data, candidate)
+                for launch in launches:
+                    launch.run()
+                assert tune_decode.wrong(out, exact) is None, (spec, candidate)
+
+
 def _llama(implementation: str) -> Any:
     config = transformers.LlamaConfig(
         hidden_size=512, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,

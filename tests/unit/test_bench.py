@@ -453,6 +453,30 @@ def test_rounds_of_a_work(work_own: dict[str, int], monkeypatch: pytest.MonkeyPa
     assert len(steps) == 3 and len(row["seconds"]) == (3 if work_own else 2)
 
 
+def test_a_work_that_cannot_be_made_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from hf_flash_plus.bench import e2e
+
+    def missing(*_: Any) -> Any:
+        raise ImportError("no such work here")
+
+    monkeypatch.setattr(e2e, "continuous", missing)
+    work = {"kind": "continuous", "batch": 1, "seqlen": 8}
+    peers = [e2e.Peer("flash_plus", torch.nn.Linear(1, 1), None)]
+    settings: Any = SimpleNamespace(warmup=1, repeats=2)
+    (row,) = e2e._measure(settings, peers, work, torch.device("cpu"))
+    assert row["status"] == "error" and "no such work here" in row["reason"]
+
+
+def test_spread_of_rounds() -> None:
+    from hf_flash_plus.bench.report import spread
+
+    assert spread({"seconds": [0.9, 1.0, 1.3]}) == pytest.approx(20.0)
+    assert spread({"rounds_ms": [2.0, 2.0]}) == 0.0
+    assert spread({"seconds": [1.0]}) is None and spread({}) is None
+
+
 @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"warmup": -1}, {"repeats": "3"}])
 def test_rounds_that_are_none(wrong: dict[str, Any]) -> None:
     from hf_flash_plus.bench.e2e import work_name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 from hf_flash_plus.inputs import AttentionInputs
-from hf_flash_plus.kernels import decode_launch, launch
+from hf_flash_plus.kernels import decode_launch, launch, tiles
 from hf_flash_plus.masks import AttentionMask
 
 from .compiling import TARGETS, compile_launch, compiling_for, warm_up
@@ -50,7 +51,7 @@ def _launches(
         **extra,
     )
     call = launch.prepare(inputs)
-    recipe = decode_launch.find_recipe(call.structure, HEADS // KEY_HEADS * rows, batch * KEY_HEADS, pages)
+    recipe = decode_launch.find_recipe(call.structure, HEADS // KEY_HEADS, rows, batch * KEY_HEADS, pages, 2)
     out = _meta(batch, rows, HEADS, v_head_dim, dtype=dtype)
     lse = _meta(batch, HEADS, rows, dtype=torch.float32)
     table = _meta(batch, KEYS // pages, dtype=torch.int32) if pages else None
@@ -89,12 +90,52 @@ def test_compiles_for_large_batches(batch: int) -> None:
 @pytest.mark.parametrize("head_dim", (64, 128))
 def test_pages_are_loaded_ahead(head_dim: int, pages: int) -> None:
     """As many tiles are on their way as of keys in one piece: the compiler must not give their stages to the table."""
-    with compiling_for("sm90"):
-        shared = [
-            compile_launch(_launches(torch.bfloat16, head_dim, head_dim, size, everything=False)["whole"]).shared
-            for size in (0, pages)
-        ]
+    way = decode_launch._plain_way(tiles.Tile(16, 64, 4, 3))
+    with compiling_for("sm90"), mock.patch.object(decode_launch, "_way", lambda *_: way):
+        decode_launch.find_recipe.cache_clear()
+        try:
+            shared = [
+                compile_launch(_launches(torch.bfloat16, head_dim, head_dim, size, everything=False)["whole"]).shared
+                for size in (0, pages)
+            ]
+        finally:
+            decode_launch.find_recipe.cache_clear()
     assert shared[1] >= shared[0] - 1024
+
+
+@pytest.mark.parametrize("pages", (0, 16, 256))
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_keys_are_asked_for_before_queries_are_waited_for(head_dim: int, pages: int) -> None:
+    """Queries are stored to shared memory where they are loaded, which waits for them."""
+    way = decode_launch.Way(tiles.Tile(16, 64, 4, 3), 128, 64)
+    with compiling_for("sm90"), mock.patch.object(decode_launch, "_way", lambda *_: way):
+        decode_launch.find_recipe.cache_clear()
+        try:
+            built = _launches(torch.bfloat16, head_dim, head_dim, pages, everything=False)["parts"]
+            result, ptx = compile_launch(built), warm_up(built).asm["ptx"]
+        finally:
+            decode_launch.find_recipe.cache_clear()
+    assert result.spilled <= 64 and built.plan.options["PREFETCH"] == 128
+    last = ptx.rindex("prefetch.global.L2")
+    assert last < ptx.index("cp.async")
+    assert pages or last < ptx.index("st.shared")  # numbers of pages go through shared memory
+
+
+def test_measured_ways_compile() -> None:
+    """The table's tiles fit the memory of a multiprocessor, and hardly spill."""
+    with compiling_for("sm90"):
+        # How the keys are split changes nothing of the kernel.
+        for row_bytes, block_n, warps, stages, prefetch in sorted(
+            {(key[0], *way[:4]) for key, way in decode_launch._SM90_WAYS.items()}
+        ):
+            way = decode_launch.Way(tiles.Tile(16, block_n, warps, stages), prefetch, block_n)
+            with mock.patch.object(decode_launch, "_way", lambda *_, way=way: way):
+                decode_launch.find_recipe.cache_clear()
+                dim = row_bytes // 2
+                for name, built in _launches(torch.bfloat16, dim, dim, 0, everything=False).items():
+                    result = compile_launch(built)
+                    assert result.shared <= TARGETS["sm90"].shared_memory and result.spilled <= 64, (name, way, result)
+    decode_launch.find_recipe.cache_clear()
 
 
 @pytest.mark.parametrize("arch", ("sm80", "sm90"))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from hf_flash_plus.inputs import AttentionInputs
 from hf_flash_plus.masks import AttentionMask
 from hf_flash_plus.providers import ReferenceProvider
 from hf_flash_plus.providers.triton import TritonProvider
-from tests.kernels.cases import Case, check
+from tests.kernels.cases import Case, build, check
 
 decode_launch = pytest.importorskip("hf_flash_plus.kernels.decode_launch")
+launch = pytest.importorskip("hf_flash_plus.kernels.launch")
+tiles = pytest.importorskip("hf_flash_plus.kernels.tiles")
 SPLITS = decode_launch.n_splits
 PROVIDER = TritonProvider()
 ONE = dict(seqlen_q=1, seqlen_k=129, nheads=4, nheads_k=2)
@@ -106,6 +109,79 @@ def test_pages(page_size: int, seqlen_q: int, monkeypatch) -> None:
         exact = ReferenceProvider().forward(inputs)
         assert (out[b].double() - exact.out[0]).abs().max() < 2e-6
         assert (lse[b] - exact.softmax_lse[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("page_size", (16, 64))
+@pytest.mark.parametrize("window", (5, 40))
+def test_pages_before_a_window_may_be_gone(page_size: int, window: int) -> None:
+    """Table entries of keys that a row does not see are never followed: caches free those pages."""
+    torch.manual_seed(0)
+    pages, dim = 4, 16
+    length = pages * page_size - 3
+    q, k, v = (
+        torch.randn(1, rows, heads, dim) for rows, heads in ((1, 4), (pages * page_size, 2), (pages * page_size, 2))
+    )
+    first = length - window
+    k[:, :first], v[:, :first] = float("nan"), float("nan")
+    k[:, length:], v[:, length:] = float("nan"), float("nan")
+    table = torch.arange(pages, dtype=torch.int32)[None]
+    table[0, : first // page_size] = 2**30
+    mask = AttentionMask(row_intervals=torch.tensor([[[first, length]]], dtype=torch.int32))
+    cache = [t.view(pages, page_size, 2, dim) for t in (k, v)]
+    out = decode_launch.forward(AttentionInputs(q, *cache, dim**-0.5, mask), table)[0]
+    seen = [t[:, first:length].double() for t in (k, v)]
+    exact = ReferenceProvider().forward(AttentionInputs(q.double(), *seen, dim**-0.5, AttentionMask()))
+    assert (out.double() - exact.out).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("features", [(), ("softcap", "sinks"), ("head_bias",), ("holes",)], ids=str)
+def test_one_row_equals_several(features: tuple[str, ...]) -> None:
+    """A row alone takes a way of its own; without it, the loops of several rows compute the same."""
+    inputs = build(Case(features, **ONE)).inputs
+    general = decode_launch.make_recipe
+
+    def several(s, way, pairs, page_size, one_row):
+        return general(s, way, pairs, page_size, False)
+
+    out = decode_launch.forward(inputs)[0]
+    with mock.patch.object(decode_launch, "make_recipe", several):
+        decode_launch.find_recipe.cache_clear()
+        expected = decode_launch.forward(inputs)[0]
+    decode_launch.find_recipe.cache_clear()
+    assert torch.allclose(out, expected, atol=2e-6)
+
+
+def test_measured_ways_come_first(monkeypatch) -> None:
+    """What was measured on Hopper is used for its class alone; kinds that are missing take that of whole keys."""
+    q, k = torch.empty(1, 1, 32, 128, dtype=torch.bfloat16), torch.empty(1, 2048, 8, 128, dtype=torch.bfloat16)
+    structure = launch.prepare(AttentionInputs(q, k, k, 0.1, AttentionMask()))[1]
+    structure = structure._replace(device=tiles.DeviceInfo("sm90", 132))
+    rule = decode_launch._way(structure, 16, 8, 1, decode_launch.WHOLE)
+    assert (rule.prefetch, rule.least_keys, rule.per_core) == (0, 64, 1)
+    table = {
+        (256, 0, 1, decode_launch.WHOLE): (128, 8, 2, 512, 256, 2),
+        (256, 0, 1, decode_launch.PADDED): (32, 4, 4, 0, 32, 1),
+    }
+    monkeypatch.setattr(decode_launch, "_SM90_WAYS", table)
+    decode_launch._way.cache_clear()
+    try:
+        ways = [decode_launch._way(structure, 16, 8, 1, kind) for kind in range(3)]
+        assert [way.tile.block_n for way in ways] == [128, 32, 128]
+        assert ways[0] == decode_launch.Way(tiles.Tile(16, 128, 8, 2), 512, 256, 2)
+        assert decode_launch._way(structure, 16, 8, 2, 0) == rule, "another class of keys"
+        assert decode_launch._way(structure, 32, 8, 1, 0).tile.block_m == 32, "more rows"
+        assert decode_launch._way(structure._replace(dtype=torch.float32), 16, 8, 1, 0).prefetch == 0
+        recipe = decode_launch.make_recipe(structure, ways[0], 4, 0, True)
+        assert recipe.plan.options["PREFETCH"] == 512 and recipe.cores == 264
+        assert SPLITS(8, 2048, recipe.least_keys, recipe.cores) == 8
+    finally:
+        decode_launch._way.cache_clear()
+        decode_launch._decode_plan.cache_clear()
+
+
+@pytest.mark.parametrize("keys,expected", [(1, 0), (1023, 0), (1024, 1), (4095, 1), (4096, 2), (16384, 3)])
+def test_classes_of_keys(keys: int, expected: int) -> None:
+    assert decode_launch.keys_class(keys) == expected
 
 
 def test_long_queries_over_pages_are_gathered() -> None:

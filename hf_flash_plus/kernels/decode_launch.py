@@ -11,7 +11,20 @@ from torch import Tensor
 from ..inputs import SHORT_QUERY, AttentionInputs
 from . import tiles
 from .decode import attention_decode, attention_decode_combine
-from .launch import _NO_STRIDES, Call, Launch, Plan, Structure, _cdiv, _reusable, _strides, prepare, raw_stream
+from .launch import (
+    _NO_STRIDES,
+    Call,
+    Launch,
+    Plan,
+    Structure,
+    _cdiv,
+    _reusable,
+    _strides,
+    be_careful,
+    prepare,
+    raw_stream,
+)
+from .machine_code import MiscompiledError, doubtful
 
 MAX_SPLITS = 128
 _WARPS = 4
@@ -183,7 +196,7 @@ def _decode_plan(s: Structure, way: Way, page_size: int, one_row: bool, one_tile
         "num_stages": 2 * tile.num_stages - 1 if page_size else tile.num_stages,
         "enable_fp_fusion": True,
     }
-    return Plan(attention_decode, tile, options, _reusable(s, attention_decode))
+    return Plan(attention_decode, tile, options, _reusable(s, attention_decode), doubtful(s.device.arch))
 
 
 def _row_block(pairs: int) -> int:
@@ -263,7 +276,11 @@ def forward(inputs: AttentionInputs, block_table: Tensor | None = None) -> tuple
     if splits > 1:
         # Nothing that outlives the call: it may be part of a CUDA graph, or of compiled code that is to become one.
         space = Workspace(torch.empty(programs * splits * recipe.floats, dtype=torch.float32, device=device), None)
-    decode_launch(call, recipe, out, lse, seqlen_k, splits, space, block_table).run()
+    try:
+        decode_launch(call, recipe, out, lse, seqlen_k, splits, space, block_table).run()
+    except MiscompiledError as fault:
+        be_careful(call.structure, fault)
+        return forward(inputs, block_table)
     if space is not None:
         combine_launch(call.structure, recipe, out, lse, nheads_k, splits, space).run()
     return out, lse
@@ -288,7 +305,7 @@ def find_recipe(s: Structure, group: int, seqlen_q: int, key_heads: int, page_si
     """The recipe for ``group`` query heads per key head, ``seqlen_q`` rows, ``key_heads`` over the batch, and a class
     of keys."""
     pairs = group * seqlen_q
-    block_m = _row_block(pairs)
+    block_m = min(_row_block(pairs), 32 if s.careful else 64)
     row_tiles = _cdiv(pairs, block_m)
     kind = PAGED if page_size else PADDED if s.has_key_mask else WHOLE
     return make_recipe(s, _way(s, block_m, key_heads * row_tiles, keys, kind), pairs, page_size, seqlen_q == 1)

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..inputs import MAX_ROW_STRIDE, AttentionInputs
 from ..masks import AttentionMask
 from .decode_launch import Recipe, Workspace, _launch, find_recipe, keys_class, n_splits, stream_workspace
-from .launch import _NO_STRIDES, Launch, _strides, addresses, hooked, prepare, raw_stream, starter
+from .launch import _NO_STRIDES, Launch, _strides, addresses, be_careful, hooked, prepare, raw_stream, starter
+from .machine_code import MiscompiledError
 
 
 class Step:
@@ -100,7 +101,13 @@ class Step:
             (None,),
             space,
         )  # fmt: skip
-        launch.run()
+        try:
+            launch.run()
+        except MiscompiledError as fault:
+            be_careful(self.structure, fault)
+            self.structure = self.structure._replace(careful=True)
+            self.recipes.clear()
+            return None
         return out, Ticket.of(launch, out, space)
 
 

@@ -8,6 +8,7 @@ ahead-of-time tests compile what users run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,11 +23,14 @@ from . import tiles
 from .backward import attention_backward_dq, attention_backward_preprocess
 from .backward_dkdv import attention_backward_dkdv
 from .forward import attention_forward
+from .machine_code import MiscompiledError, check, doubtful
 
 #: Keys and values (or queries and their gradients) of the heads in flight should stay in the L2 cache together.
 L2_BUDGET = 32 * 2**20
 
 _NO_STRIDES = (None,) * 16
+
+logger = logging.getLogger(__name__)
 
 
 class Structure(NamedTuple):
@@ -48,6 +52,8 @@ class Structure(NamedTuple):
     softcap: bool
     dropout: bool
     rows: int
+    #: Tiles that need no ``wgmma`` (see :func:`be_careful`).
+    careful: bool = False
 
 
 class Call(NamedTuple):
@@ -69,14 +75,18 @@ class Plan:
         options: constexprs and compiler options, by name.
         reusable: compiled kernels may be launched without Triton's own look-up, which costs more than all the rest of
             a call. Only where we know everything they are specialised by (not on AMD, where sizes matter too).
+        doubtful: what is compiled is looked at before it is launched (``machine_code``).
         compiled: by :attr:`Launch.key`.
     """
 
-    def __init__(self, kernel: Any, tile: tiles.Tile, options: dict[str, Any], reusable: bool) -> None:
+    def __init__(
+        self, kernel: Any, tile: tiles.Tile, options: dict[str, Any], reusable: bool, doubtful: bool = False
+    ) -> None:
         self.kernel = kernel
         self.tile = tile
         self.options = options
         self.reusable = reusable
+        self.doubtful = doubtful
         self.constexprs = tuple(options[name] for name in kernel.arg_names if name in options)
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -101,7 +111,8 @@ def _stride_classes(key: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class Launch(NamedTuple):
-    """A kernel with its grid and arguments; :meth:`run` launches it.
+    """A kernel with its grid and arguments; :meth:`run` launches it, or raises
+    :class:`~.machine_code.MiscompiledError` before it does.
 
     ``tensors`` counts the arguments that come first and are tensors (or None); ``key`` holds the device's index, all
     strides, and the dtypes that the structure does not fix.
@@ -125,6 +136,8 @@ class Launch(NamedTuple):
             arguments = (*pointers, *self.arguments[self.tensors :], *plan.constexprs)
             start(compiled, self.n_programs, self.key[0], arguments)
             return
+        if plan.doubtful:
+            check(plan.kernel.warmup(*self.arguments, grid=(self.n_programs, 1, 1), **plan.options))
         compiled = plan.kernel[(self.n_programs, 1, 1)](*self.arguments, **plan.options)
         if compiled is not None:
             plan.remember(key, compiled)
@@ -227,6 +240,8 @@ def prepare(inputs: AttentionInputs) -> Call:
         inputs.dropout_p > 0.0,
         tiles.row_class(seqlen_q, batch * nheads, device),
     )
+    if _careful and structure in _careful:
+        structure = structure._replace(careful=True)
     pointers = (intervals, key_mask, holes, bias, positions, slopes)
     if intervals is key_mask is bias is slopes is None:
         strides: tuple[int | None, ...] = _NO_STRIDES[:14]
@@ -242,6 +257,22 @@ def prepare(inputs: AttentionInputs) -> Call:
     sizes = (batch, nheads, nheads_k, seqlen_q, seqlen_k)
     dtypes = () if bias is None else (bias.dtype,)
     return Call(inputs, structure, sizes, (left, right), pointers, strides, dtypes)
+
+
+#: Structures some kernel of which is compiled wrong here.
+_careful: set[Structure] = set()
+
+
+def be_careful(structure: Structure, fault: MiscompiledError) -> None:
+    """Compute calls of a structure with smaller tiles from now on, whose products are those of older GPUs (``mma``).
+
+    Raises:
+        MiscompiledError: they are already.
+    """
+    if structure.careful:
+        raise fault
+    logger.info("triton: smaller tiles serve calls like this one, because the assembler makes an error here: %s", fault)
+    _careful.add(structure)
 
 
 def _numbers(call: Call) -> tuple[int | float, ...]:
@@ -274,7 +305,10 @@ _KERNELS = {
 
 def _make_plan(kind: str, s: Structure, bias_grad: bool = False) -> Plan:
     # The summaries that preprocess writes are of dkdv's query tiles.
-    tile = tiles.select(tile_key("dkdv" if kind == "preprocess" else kind, s))
+    tile_kind = "dkdv" if kind == "preprocess" else kind
+    tile = tiles.select(tile_key(tile_kind, s))
+    if s.careful:
+        tile = tiles.without_wgmma(tile_kind, tile)
     everything = {
         "HEAD_DIM": s.head_dim,
         "V_HEAD_DIM": s.v_head_dim,
@@ -303,7 +337,7 @@ def _make_plan(kind: str, s: Structure, bias_grad: bool = False) -> Plan:
     options["num_stages"] = tile.num_stages
     # The default of Triton up to 3.9; the scale belongs into the exponent's multiply-add.
     options["enable_fp_fusion"] = True
-    return Plan(kernel, tile, options, _reusable(s, kernel))
+    return Plan(kernel, tile, options, _reusable(s, kernel), doubtful(s.device.arch))
 
 
 def _reusable(s: Structure, kernel: Any) -> bool:
@@ -414,7 +448,11 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     out = torch.empty((batch, seqlen_q, nheads, call.structure.v_head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32, device=q.device)
     if lse.numel():
-        forward_launch(call, out, lse).run()
+        try:
+            forward_launch(call, out, lse).run()
+        except MiscompiledError as fault:
+            be_careful(call.structure, fault)
+            return forward(inputs)
     return out, lse
 
 
@@ -455,10 +493,14 @@ def backward(inputs: AttentionInputs, out: Tensor, lse: Tensor, dout: Tensor, *,
         if s.has_intervals:
             n_tiles = _cdiv(seqlen_q, _plan("dkdv", s).tile.block_m)
             summary = torch.empty((batch, 4, n_tiles), dtype=torch.int32, device=device)
-        preprocess_launch(call, out, dout, lse, delta, summary).run()
-        dq_launch(call, dout, lse, delta, dq, dscores).run()
-        if seqlen_k:
-            dkdv_launch(call, dout, lse, delta, summary, dk, dv, splits).run()
+        try:
+            preprocess_launch(call, out, dout, lse, delta, summary).run()
+            dq_launch(call, dout, lse, delta, dq, dscores).run()
+            if seqlen_k:
+                dkdv_launch(call, dout, lse, delta, summary, dk, dv, splits).run()
+        except MiscompiledError as fault:
+            be_careful(s, fault)
+            return backward(inputs, out, lse, dout, bias_grad=bias_grad)
     else:
         dk.zero_()
         dv.zero_()

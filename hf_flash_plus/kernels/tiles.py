@@ -238,6 +238,13 @@ def row_class(seqlen_q: int, n_heads: int, device: DeviceInfo) -> int:
     return 128
 
 
+def without_wgmma(kind: str, tile: Tile) -> Tile:
+    """A smaller tile: Hopper's products of whole warpgroups begin at 64 rows (keys, where keys come first)."""
+    if kind == "dkdv":
+        return tile._replace(block_n=min(tile.block_n, 32), num_warps=4, num_stages=min(tile.num_stages, 2))
+    return tile._replace(block_m=min(tile.block_m, 32), num_warps=4, num_stages=min(tile.num_stages, 2))
+
+
 def select(key: TileKey) -> Tile:
     """The tile for a key: the override, else the table's, with no more query rows than a short query has."""
     if key.kind in _override:

@@ -65,13 +65,16 @@ def test_random_calls(provider: str, kind: str, part: int, record_property: Call
     def run(call: Call) -> None:
         served.append(check(call, (provider,), "cuda"))
 
-    passed = False
+    passed, failure = False, {}
     try:
         run()
         passed = True
+    except BaseException as problem:  # a run that is cut off prints no summary: the record must say how to repeat it
+        failure = {"failure": "\n\n".join(str(one)[-4000:] for one in _all_of(problem))}
+        raise
     finally:
         found = {"provider": provider, "kind": kind, "seed": SEED, "part": part,
-                 "calls": len(served), "served": sum(served), "passed": passed}  # fmt: skip
+                 "calls": len(served), "served": sum(served), "passed": passed, **failure}  # fmt: skip
         record_property("random_calls", found)
         print(f"\n{found}")
     if provider == "triton":
@@ -80,3 +83,9 @@ def test_random_calls(provider: str, kind: str, part: int, record_property: Call
 
 def test_every_provider_is_asked() -> None:
     assert {provider for provider, _, _ in CASES} == set(PROVIDERS) - {"reference"}
+
+
+def _all_of(problem: BaseException) -> list[BaseException]:
+    """Hypothesis raises several failures as a group."""
+    inner = getattr(problem, "exceptions", None)
+    return [problem] if inner is None else [leaf for one in inner for leaf in _all_of(one)]

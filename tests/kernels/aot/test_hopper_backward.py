@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this Triton has no Gluon for Hopper")
 
 from hf_flash_plus.inputs import AttentionInputs
+from hf_flash_plus.kernels import machine_code
 from hf_flash_plus.kernels.hopper import backward_dq_launch, backward_launch
 from hf_flash_plus.masks import CAUSAL, FULL, AttentionMask
 
@@ -106,6 +107,7 @@ def test_compiles(variant: tuple[str, str, int, int, int, float, torch.dtype, in
             assert kernel.metadata.shared <= limit, f"{name} takes {kernel.metadata.shared} bytes, there are {limit}"
             if name in ("main", "dq"):
                 barriers(kernel.asm["ptx"])
+                assert not machine_code.unwritten(kernel.asm["cubin"])
                 with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
                     ptx.write(kernel.asm["ptx"])
                     ptx.flush()

@@ -23,6 +23,7 @@ pytest.importorskip("triton")
 from triton.runtime import driver
 
 from hf_flash_plus.inputs import AttentionInputs
+from hf_flash_plus.kernels import machine_code
 from hf_flash_plus.kernels.hopper import config, forward_launch
 from hf_flash_plus.masks import AttentionMask
 
@@ -114,6 +115,7 @@ def test_compiles(variant: Variant) -> None:
         kernel = launch.warm_up()
     assert kernel.metadata.shared <= TARGETS["sm90"].shared_memory
     barriers(kernel.asm["ptx"])
+    assert not machine_code.unwritten(kernel.asm["cubin"])
     text = assemble(kernel)
     assert not warnings(text), text
     spilled = max(int(n) for n in re.findall(r"(\d+) bytes spill stores", text))

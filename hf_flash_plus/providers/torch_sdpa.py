@@ -117,6 +117,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) 
         # and make the result depend on all three.
         nothing = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
         return q.new_zeros(*q.shape[:3], v.shape[3]) + nothing
+    q, k, v = (_aligned(tensor) for tensor in (q, k, v))
     size = _batch_at_a_time(q)
     if q.shape[0] <= size:
         return _one_layout(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
@@ -127,6 +128,23 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) 
         out = F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=seen, **options)
         parts.append(_one_layout(out).transpose(1, 2))
     return torch.cat(parts).transpose(1, 2)  # rows before heads, as each part has it
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A tensor whose rows, heads and batch elements all lie at multiples of 16 bytes, where that is possible.
+
+    The memory-efficient backend has no bf16 kernel for others (torch 2.11: "cutlassF: no kernel found to launch!"), but
+    is chosen for them. A dimension of one element counts, too, whose stride says nothing and may be anything.
+    """
+    if tensor.device.type not in CUDNN or tensor.element_size() != 2 or torch.compiler.is_compiling():
+        return tensor
+    for dim in range(tensor.dim() - 1):
+        if tensor.shape[dim] == 1 and tensor.stride(dim) % 8:
+            tensor = tensor.squeeze(dim).unsqueeze(dim)  # the stride that a contiguous tensor would have
+    if tensor.shape[-1] % 8:
+        return tensor  # no such kernel is chosen for these
+    odd = any(stride % 8 for size, stride in zip(tensor.shape, tensor.stride()[:-1]) if size > 1)
+    return tensor.clone(memory_format=torch.contiguous_format) if odd or tensor.data_ptr() % 16 else tensor
 
 
 #: Device types whose SDPA may be cuDNN's.

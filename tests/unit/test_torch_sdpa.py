@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -217,3 +217,33 @@ def test_empty_calls_do_not_ask_sdpa(batch: int, seqlen_q: int, seqlen_k: int, m
     assert out.shape == (batch, seqlen_q, 4, 16) and (out == 0).all()
     for gradient, tensor in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v)):
         assert gradient.shape == tensor.shape and (gradient == 0).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(2, 5, 1, 64).to(torch.bfloat16).transpose(1, 2).as_strided((2, 1, 5, 64), (320, 1, 64, 1)),
+        lambda: torch.randn(2, 3, 5, 65).to(torch.bfloat16)[..., :64],
+        lambda: torch.randn(2 * 3 * 5 * 64 + 1).to(torch.bfloat16)[1:].view(2, 3, 5, 64),
+    ],
+    ids=["one head, any stride", "rows of 65", "begins at two bytes"],
+)
+def test_half_precision_comes_at_multiples_of_16_bytes(
+    make: Callable[[], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's memory-efficient backend is chosen for other tensors, too, and then has no kernel for bf16."""
+    monkeypatch.setattr(torch_sdpa, "CUDNN", frozenset({"cpu"}))
+    tensor = make().requires_grad_()
+    aligned = torch_sdpa._aligned(tensor)
+    assert not any(stride % 8 for stride in aligned.stride()[:-1]) and aligned.data_ptr() % 16 == 0
+    assert torch.equal(aligned, tensor)
+    aligned.sum().backward()
+    assert tensor.grad is not None and bool((tensor.grad == 1).all())
+
+
+def test_what_lies_well_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_sdpa, "CUDNN", frozenset({"cpu"}))
+    for tensor in (torch.randn(2, 5, 3, 64).to(torch.bfloat16).transpose(1, 2), torch.randn(2, 3, 5, 65)[..., :64]):
+        assert torch_sdpa._aligned(tensor) is tensor
+    one = torch.randn(2, 5, 1, 64).to(torch.bfloat16).as_strided((2, 1, 5, 64), (320, 1, 64, 1))
+    assert torch_sdpa._aligned(one).data_ptr() == one.data_ptr()

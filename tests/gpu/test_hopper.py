@@ -123,7 +123,7 @@ GROWTH_CASES = [
         (("sinks",), 1280, 64, 64, BF16),
         (("causal", "sinks"), 1280, 128, 128, BF16),
         (("left_window", "sinks"), 1280, 64, 64, BF16),
-        (("packed", "softcap", "sinks"), 1280, 128, 128, BF16),
+        (("packed", "sinks"), 1280, 128, 128, BF16),
     )
 ]
 

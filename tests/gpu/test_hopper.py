@@ -99,6 +99,34 @@ CASES += [  # several tiles to a program, of one block and of more, some of whic
 ]
 CASES = list(dict.fromkeys(CASES))
 
+#: By how much the logits of a key's block are raised (nats), by the place at which the kernel comes to the block: first
+#: to the last one. What was summed is scaled only where a row's maximum has grown by 5.5 and more (2^8).
+GROWTH: dict[str, Callable[[Tensor], Tensor]] = {
+    "jumps": lambda place: 12.0 * place,
+    "creeps": lambda place: 1.0 * place,
+    "stays": lambda place: 0.3 * place,
+    "falls": lambda place: -12.0 * place,
+    "swings": lambda place: 12.0 * (place % 3),
+    "large": lambda place: 1e4 + 16.0 * place,
+}
+GROWTH_CASES = [
+    Case(features, 2, seqlen, seqlen, 4, 2, dim, v_dim, dtype)
+    for features, seqlen, dim, v_dim, dtype in (
+        *((features, 1280, dim, dim, BF16) for dim in (64, 128) for features in ((), ("causal",), ("packed",))),
+        *((("causal",), 640, dim, dim, BF16) for dim in (64, 128)),
+        *((("left_window",), 1280, dim, dim, BF16) for dim in (64, 128)),
+        *((features, 1280, 128, 128, FP16) for features in ((), ("causal",), ("left_padding",))),
+        (("causal",), 1280, 64, 64, FP16),
+        ((), 1280, 256, 256, BF16),
+        (("packed",), 1300, 256, 256, BF16),
+        (("causal",), 1280, 192, 128, BF16),
+        (("sinks",), 1280, 64, 64, BF16),
+        (("causal", "sinks"), 1280, 128, 128, BF16),
+        (("left_window", "sinks"), 1280, 64, 64, BF16),
+        (("packed", "sinks"), 1280, 128, 128, BF16),
+    )
+]
+
 T = TypeVar("T")
 
 
@@ -173,7 +201,7 @@ for features in ((), ("causal",), ("packed",)):
 def compilations() -> list[Compilation]:
     """By what kernels differ in: lengths beside a tile's edge compile other ones."""
     work = []
-    for case in CASES:
+    for case in CASES + GROWTH_CASES:
         tail = case.seqlen_k % 128 == 0, (case.seqlen_k - case.seqlen_q) % 128 == 0, case.seqlen_k <= 1024
         terms = "softcap" in case.features, "sinks" in case.features
         key = (kind_of_mask(case.features), terms, case.head_dim, case.v_head_dim, case.dtype, tail)
@@ -204,6 +232,49 @@ def compiled(once: Callable[[str, Callable[[], str]], str]) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(case: Case) -> None:
     check(case)
+
+
+def _growing(case: Case, growth: str, rows: str) -> AttentionInputs:
+    """The call of a case, in which the first number of each key raises its logits in the rows whose first number is
+    not 0; with "large" in some of these the other way."""
+    clean = build(case, "cuda").clean
+    query, key = clean.query.clone(), clean.key.clone()
+    chosen = torch.ones(case.batch, case.seqlen_q, case.nheads, device="cuda")
+    if rows == "few":  # most warps have one or none of them
+        chosen = (torch.rand_like(chosen) < 0.04).to(chosen.dtype)
+    if growth == "large":
+        chosen = chosen.where(torch.rand_like(chosen) < 0.7, -chosen)
+    query[..., 0] = chosen / clean.softmax_scale
+    place = (case.seqlen_k - 1 - torch.arange(case.seqlen_k, device="cuda")) // 128
+    key[..., 0] = GROWTH[growth](place.float())[None, :, None]
+    sinks = None
+    if clean.sinks is not None:
+        sinks = torch.tensor([-float("inf"), -30.0, 5.0, 40.0], device="cuda")
+    return replace(clean, query=query, key=key, sinks=sinks)
+
+
+@pytest.mark.parametrize("rows", ["all", "few"])
+@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize("case", GROWTH_CASES, ids=str)
+def test_growing_maxima(case: Case, growth: str, rows: str) -> None:
+    """However rows' maxima grow from block to block, beyond what leaves the sums unscaled and below it."""
+    inputs = _growing(case, growth, rows)
+    wide = {name: getattr(inputs, name).double() for name in ("query", "key", "value")}
+    if inputs.sinks is not None:
+        wide["sinks"] = inputs.sinks.double()
+    exact = REFERENCE.forward(replace(inputs, **wide))
+    with poisoned_allocations():
+        out, lse = forward(inputs)
+    again, again_lse = forward(inputs)
+    assert torch.equal(out, again) and torch.equal(lse, again_lse)
+    empty = exact.softmax_lse == float("-inf")
+    assert torch.equal(lse == float("-inf"), empty)
+    exact_lse = exact.softmax_lse.masked_fill(empty, 0.0)
+    # Logits in float32, of which the tensor cores drop the last bits; then weights and outputs in the dtype.
+    logits = 2e-5 * exact_lse.abs().max().item()
+    budget = torch.finfo(case.dtype).eps * (1 + exact.out.abs().max().item())
+    assert_within("out", out, exact.out, budget + logits)
+    assert_within("lse", lse.masked_fill(empty, 0.0), exact_lse, 1e-4 + logits)
 
 
 def _inputs(

@@ -375,8 +375,8 @@ def _section(parts: Parts) -> int:
     section = max(1, min(n_heads, L2_BUDGET // (rows * heads * of_row)))
     # Under a diagonal each section begins with long programs and ends with short ones. With as many programs as cores
     # the next section's long ones follow on this one's short ones. With fewer, as several heads to a program leave them
-    # of what fits the cache, or a small section at the end, long ones come last: H100, B4 S4096 H16/4 D128: 469 TFLOP/s
-    # beside 540 of H16; simulated, 0.82 of the ideal with sections of 2 heads and 1.0 with 4. Not measured since.
+    # of what fits the cache, or a small section at the end, long ones come last. One H200, B4 S4096 D128: H32/8 525 ->
+    # 540 TFLOP/s, H32/4 473 -> 498 (538 without groups); D64 H32/8 464 -> 457. Twice as many heads, or half: slower.
     if parts.bounds.has_right and not parts.bounds.has_left:
         section = max(section, tiles.device_info(parts.q.device).n_cores // parts.n_tiles_k)
         even = (size for size in range(section, 2 * section + 1) if n_heads % size == 0)

@@ -9,7 +9,7 @@ A consumer's slot overlaps the softmax of one block of keys with the product of 
 
     slot i:   S(i) = Q K(i)^T  |  O += P(i-1) V(i-1)        both started
               P(i) = softmax(S(i))                          while the second is running
-              wait for O, scale it, free K(i) and V(i-1)
+              wait for O, scale it if some row's maximum has grown by much, free K(i) and V(i-1)
 
 With more than one Q buffer the first S of the next tile shares a slot with the last P V of this one; otherwise a tile
 is finished first. ``count`` counts slots through all tiles: blocks of keys and their barriers are numbered by it.
@@ -35,6 +35,7 @@ from .primitives import (
     finish_claim,
     give_turn,
     pack,
+    rescale,
     retire,
     softmax_step,
     start_claim,
@@ -471,7 +472,7 @@ def _slots(
         acc = warpgroup_mma_wait(0, deps=[next_acc])
         mbarrier.arrive(sm.slot_done.index(count % slots(C)), count=1)
         pairs = pack(weights, C.block_n, sm.v.dtype)
-        acc = acc * gl.convert_layout(decay, O_ROWS)[:, None]
+        acc = rescale(acc, gl.convert_layout(decay, O_ROWS)[:, None])
         count += 1
         if C.early_free and C.q_buffers > 1:
             _wait(sm.k_full, count, C.k_stages)

@@ -9,6 +9,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
+#: How far, as a power of 2, a row's weights may grow beyond 1 before what was summed is scaled.
+MAX_GROWTH = gl.constexpr(8.0)
 
 
 @gluon.jit
@@ -78,17 +80,55 @@ def tanh_approx(x):
 
 @gluon.jit
 def softmax_step(scores, top, factor, MAY_BE_EMPTY: gl.constexpr):
-    """New row maxima (base 2), the factor for what came before, and the weights of one tile.
+    """What rows' weights are relative to (base 2), the factor for what came before, and the weights of one tile.
 
     ``factor`` turns scores to base 2, inside the exponent. MAY_BE_EMPTY: a row may have seen nothing yet.
+
+    A row keeps its ``top`` until a score exceeds it by more than MAX_GROWTH, so that the factor is nearly always 1
+    (:func:`rescale`). Weights then reach 2^MAX_GROWTH instead of 1: within float16, whose rounding is relative like
+    bfloat16's, and far from the end of the sums in float32.
     """
-    new_top = gl.maximum(top, gl.max(scores, 1) * factor)
+    highest = gl.max(scores, 1) * factor
+    new_top = gl.where(highest > top + MAX_GROWTH, highest, top)
     shift = new_top
     if MAY_BE_EMPTY:
         shift = gl.where(new_top == float("-inf"), 0.0, new_top)
     weights = gl.exp2(scores * factor - shift[:, None])
     decay = gl.exp2(top - shift)
     return new_top, decay, weights
+
+
+@gluon.constexpr_function
+def _rescale_asm(n):
+    """``$0 .. = $n .. * $2n ..``, all of them or none in a warp. A thread's part of an accumulator begins with two
+    numbers of one row and two of another, and has no third row."""
+    copies = " ".join(f"mov.f32 ${i}, ${n + i};" for i in range(n))
+    products = " ".join(f"mul.rn.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    return f"""{{
+        .reg .pred some;
+        setp.neu.f32 some, ${2 * n}, 0f3F800000;
+        setp.neu.or.f32 some, ${2 * n + 2}, 0f3F800000, some;
+        vote.sync.any.pred some, some, 0xffffffff;
+        {copies}
+        @!some bra SAME;
+        {products}
+        SAME:
+    }}"""
+
+
+@gluon.constexpr_function
+def _rescale_registers(n):
+    return ",".join(["=&f"] * n + ["f"] * (2 * n))
+
+
+@gluon.jit
+def rescale(acc, decay):
+    """``acc * decay`` of an accumulator (64, at least 64) and (64, 1), left out by warps all of whose rows have the
+    factor 1. In PTX, since a condition that Triton knows of would be one for the whole warpgroup, through shared
+    memory."""
+    asm: gl.constexpr = _rescale_asm(32)
+    registers: gl.constexpr = _rescale_registers(32)
+    return gl.inline_asm_elementwise(asm, registers, [acc, decay], dtype=gl.float32, is_pure=True, pack=32)
 
 
 @gluon.constexpr_function

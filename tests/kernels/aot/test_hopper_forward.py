@@ -103,6 +103,16 @@ def warnings(text: str) -> Counter[str]:
     return Counter(re.findall(r"C75\d\d|serialized|insufficient register", text))
 
 
+def asks_both_rows(ptx: str, v_dim: int) -> None:
+    """``primitives.rescale`` asks two numbers of each thread whether there is anything to scale: the factors of the
+    thread's two rows, by which it multiplies pairs of numbers in turn. Never more than 32 numbers at once."""
+    found = re.findall(r"setp\.neu\.f32 some, (%\w+),.*?setp\.neu\.or\.f32 some, (%\w+),(.*?)SAME:", ptx, re.DOTALL)
+    assert found and len(found) % (v_dim // 64) == 0
+    for first, second, body in found:
+        factors = re.findall(r"mul\.rn\.f32 %\w+, %\w+, (%\w+);", body)
+        assert factors == [first, first, second, second] * 8 and first != second
+
+
 @pytest.mark.parametrize("variant", FULL if os.environ.get("HF_FLASH_PLUS_AOT") == "full" else REPRESENTATIVE, ids=str)
 def test_compiles(variant: Variant) -> None:
     with compiling_for("sm90"):
@@ -116,6 +126,7 @@ def test_compiles(variant: Variant) -> None:
     assert kernel.metadata.shared <= TARGETS["sm90"].shared_memory
     barriers(kernel.asm["ptx"])
     assert not machine_code.unwritten(kernel.asm["cubin"])
+    asks_both_rows(kernel.asm["ptx"], variant.dims[1])
     text = assemble(kernel)
     assert not warnings(text), text
     spilled = max(int(n) for n in re.findall(r"(\d+) bytes spill stores", text))

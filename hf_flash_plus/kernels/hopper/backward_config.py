@@ -16,12 +16,16 @@ class Config(NamedTuple):
         stages: tiles of q and dout in flight.
         rotate: programs start at different query tiles, so that their additions to dq do not collide (no mask).
         other_registers: a thread's in the warps that load and store; those that compute get the rest.
+        turned: the kernel of ``backward_turned``, for which ``stages`` are those of q.
+        dout_stages: those of dout, for the turned kernel.
     """
 
     block_m: int
     stages: int = 2
     rotate: bool = True
     other_registers: int = 24
+    turned: bool = False
+    dout_stages: int = 2
 
 
 def block_d(head_dim: int, v_head_dim: int) -> int:

@@ -279,12 +279,13 @@ _COMPILER = {"num_warps": 4, "enable_fp_fusion": True}
 
 @cache
 def _plan(kind: str, names: tuple[str, ...], values: tuple[Any, ...]) -> Plan:
-    from . import backward, backward_prepare
+    from . import backward, backward_prepare, backward_turned
 
     kernels = {
         "rows": backward_prepare.row_numbers,
         "lists": backward_prepare.query_tile_lists,
         "main": backward.attention_backward,
+        "turned": backward_turned.attention_backward_turned,
         "dq_rows": backward_prepare.dq_rows,
     }
     return Plan(kernels[kind], {**_COMPILER, **dict(zip(names, values))})
@@ -417,8 +418,6 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         "V_HEAD_DIM": parts.v.shape[3],
         "BLOCK_M": block_m,
         "BLOCK_D": dim,
-        "STAGES": config.stages,
-        "MASK": mask,
         "HAS_LEFT": bounds.has_left,
         "HAS_RIGHT": bounds.has_right,
         "LISTED": listed,
@@ -427,13 +426,16 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         "TAIL": keys % BLOCK_N != 0,
         "ROTATE": config.rotate and mask == 0 and mode == MODES["unordered"],
         "WITH_DQ": mode == MODES["unordered"],
-        # The diagonal runs through the corners of tiles where row i sees keys up to i.
-        "ALIGNED": mask == 1 and bounds.right == 0,
         "OTHER_REGISTERS": config.other_registers,
         "num_warps": 8,
     }
+    if config.turned:
+        options |= {"Q_STAGES": config.stages, "DOUT_STAGES": config.dout_stages, "MASKED": mask > 0}
+    else:
+        # The diagonal runs through the corners of tiles where row i sees keys up to i.
+        options |= {"STAGES": config.stages, "MASK": mask, "ALIGNED": mask == 1 and bounds.right == 0}
     key = (parts.q.device.index, parts.q.dtype, dk.dtype)
-    return _launch("main", parts.n_tiles_k * n_heads, arguments, options, key)
+    return _launch("turned" if config.turned else "main", parts.n_tiles_k * n_heads, arguments, options, key)
 
 
 def dq_rows_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:

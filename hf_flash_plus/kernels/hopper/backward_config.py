@@ -18,6 +18,9 @@ class Config(NamedTuple):
         other_registers: a thread's in the warps that load and store; those that compute get the rest.
         turned: the kernel of ``backward_turned``, for which ``stages`` are those of q.
         dout_stages: those of dout, for the turned kernel.
+        dk_shared: its product for dk takes ds from shared memory, not from registers.
+        dp_early: its product for dp is started before the weights are made: 0 never, 1 in tiles without masks, 2 always.
+        dv_late: its product for dv is waited for when those that follow have been started.
     """
 
     block_m: int
@@ -26,6 +29,9 @@ class Config(NamedTuple):
     other_registers: int = 24
     turned: bool = False
     dout_stages: int = 2
+    dk_shared: bool = True
+    dp_early: int = 1
+    dv_late: bool = True
 
 
 def block_d(head_dim: int, v_head_dim: int) -> int:

@@ -430,7 +430,10 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         "num_warps": 8,
     }
     if config.turned:
-        options |= {"Q_STAGES": config.stages, "DOUT_STAGES": config.dout_stages, "MASKED": mask > 0}
+        options |= {"Q_STAGES": config.stages, "DOUT_STAGES": config.dout_stages}
+        # Steps that mask get a loop of their own where the diagonal runs through the corners of tiles.
+        options |= {"MASK": 2 if mask == 1 and bounds.right else mask, "DK_SHARED": config.dk_shared}
+        options |= {"DP_EARLY": config.dp_early, "DV_LATE": config.dv_late}
     else:
         # The diagonal runs through the corners of tiles where row i sees keys up to i.
         options |= {"STAGES": config.stages, "MASK": mask, "ALIGNED": mask == 1 and bounds.right == 0}

@@ -30,11 +30,15 @@ from .backward import (
     ENTRY_DIRTY,
     ENTRY_MASKED,
     ENTRY_TILE,
+    MASK_ANY,
+    MASK_LEADING,
+    MASK_NONE,
     RUNTIME,
     _hand_over,
     _load_bounds,
     _load_tile,
     _next_start,
+    _phase,
     _query_tiles,
     _read,
     _schedule,
@@ -67,13 +71,14 @@ def _producer(
     DOUT_STAGES: gl.constexpr,
     ROTATE: gl.constexpr,
     LISTED: gl.constexpr,
+    PHASES: gl.constexpr,
 ):
     """One warp: k and v of the program, then q and dout of every step."""
     q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc, bounds_desc = descs
     q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem, bounds_smem, entry_smem = shared
     q_blocks, dout_blocks = blocks
     kv_full, q_full, dout_full, dirty_full = bars
-    batch, k_head, first_head, n_heads, nheads, first_key, first_tile, n, _, rotation, n_tiles_q = where
+    batch, k_head, first_head, n_heads, nheads, first_key, first_tile, n, n_before, rotation, n_tiles_q = where
     entries_ptr, bounds_ptr, n_rows, bounds_at = pointers
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     N: gl.constexpr = k_smem.shape[0]
@@ -88,62 +93,64 @@ def _producer(
         _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
     it = 0
     dirty_phase = 0
-    for local_head in range(n_heads):
-        head = first_head + local_head
-        rows_at = (batch * nheads + head) * (n_tiles_q * BLOCK_M)
-        for i in range(n):
-            stage, dout_stage = it % Q_STAGES, it % DOUT_STAGES
-            tile = first_tile + i
-            dirty = False
-            if ROTATE:
-                tile = i + rotation
-                tile = first_tile + gl.where(tile >= n, tile - n, tile)
-            if LISTED:
-                entry = gl.load(entries_ptr + i)
-                tile = entry & ENTRY_TILE
-                dirty = (entry & ENTRY_DIRTY) != 0
-            row = tile * BLOCK_M
-            if it >= Q_STAGES:
-                meet("sync", Q_BARRIER + stage)
-            if LISTED:  # read by the consumers once they have waited for q
-                entry_smem.index(stage).store(gl.full([1], entry, gl.int32, ONE))
-                gl.thread_barrier()  # an `expect`, unlike an `arrive`, publishes only what its own thread wrote
-            if LISTED and dirty:
-                if it >= DOUT_STAGES:
-                    meet("sync", DOUT_BARRIER + dout_stage)
-                mbarrier.expect(dirty_full, 2 * (BLOCK_M * HEAD_BYTES + ROW_BYTES) + BOUND_BYTES)
-                _load_bounds(bounds_desc, bounds_at + row, n_rows, dirty_full, bounds_smem, stage)
-                _load_tile(q_desc, [batch, row, head, 0], dirty_full, q_smem.index(stage), BLOCK_M, BLOCK_D)
-                tma.async_copy_global_to_shared(start_desc, [rows_at + row], dirty_full, start_smem.index(stage))
-                dout_buffer = dout_smem.index(dout_stage)
-                _load_tile(dout_desc, [batch, row, head, 0], dirty_full, dout_buffer, BLOCK_M, BLOCK_D)
-                delta_buffer = delta_smem.index(dout_stage)
-                tma.async_copy_global_to_shared(delta_desc, [rows_at + row], dirty_full, delta_buffer)
-                mbarrier.wait(dirty_full, dirty_phase)
-                dirty_phase = dirty_phase ^ 1
-                _zero_hidden_rows(q_blocks, stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
-                mbarrier.arrive(q_full.index(stage), count=1)
-                _zero_hidden_rows(dout_blocks, dout_stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
-                mbarrier.arrive(dout_full.index(dout_stage), count=1)
-            else:
-                full = q_full.index(stage)
-                mbarrier.expect(full, BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
+    for phase in gl.static_range(PHASES):
+        begin, end = _phase(phase, n, n_before, PHASES)
+        for local_head in range(n_heads):
+            head = first_head + local_head
+            rows_at = (batch * nheads + head) * (n_tiles_q * BLOCK_M)
+            for i in range(begin, end):
+                stage, dout_stage = it % Q_STAGES, it % DOUT_STAGES
+                tile = first_tile + i
+                dirty = False
+                if ROTATE:
+                    tile = i + rotation
+                    tile = first_tile + gl.where(tile >= n, tile - n, tile)
                 if LISTED:
-                    _load_bounds(bounds_desc, bounds_at + row, n_rows, full, bounds_smem, stage)
-                _load_tile(q_desc, [batch, row, head, 0], full, q_smem.index(stage), BLOCK_M, BLOCK_D)
-                tma.async_copy_global_to_shared(start_desc, [rows_at + row], full, start_smem.index(stage))
-                if not LISTED:  # noqa: SIM102  (one condition is known at compile time, the other is not)
-                    if it == 0:  # behind the first q: the first product needs k and q only
-                        mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
-                        _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
-                if it >= DOUT_STAGES:
-                    meet("sync", DOUT_BARRIER + dout_stage)
-                full = dout_full.index(dout_stage)
-                mbarrier.expect(full, BLOCK_M * HEAD_BYTES + ROW_BYTES)
-                dout_buffer = dout_smem.index(dout_stage)
-                _load_tile(dout_desc, [batch, row, head, 0], full, dout_buffer, BLOCK_M, BLOCK_D)
-                tma.async_copy_global_to_shared(delta_desc, [rows_at + row], full, delta_smem.index(dout_stage))
-            it += 1
+                    entry = gl.load(entries_ptr + i)
+                    tile = entry & ENTRY_TILE
+                    dirty = (entry & ENTRY_DIRTY) != 0
+                row = tile * BLOCK_M
+                if it >= Q_STAGES:
+                    meet("sync", Q_BARRIER + stage)
+                if LISTED:  # read by the consumers once they have waited for q
+                    entry_smem.index(stage).store(gl.full([1], entry, gl.int32, ONE))
+                    gl.thread_barrier()  # an `expect`, unlike an `arrive`, publishes only what its own thread wrote
+                if LISTED and dirty:
+                    if it >= DOUT_STAGES:
+                        meet("sync", DOUT_BARRIER + dout_stage)
+                    mbarrier.expect(dirty_full, 2 * (BLOCK_M * HEAD_BYTES + ROW_BYTES) + BOUND_BYTES)
+                    _load_bounds(bounds_desc, bounds_at + row, n_rows, dirty_full, bounds_smem, stage)
+                    _load_tile(q_desc, [batch, row, head, 0], dirty_full, q_smem.index(stage), BLOCK_M, BLOCK_D)
+                    tma.async_copy_global_to_shared(start_desc, [rows_at + row], dirty_full, start_smem.index(stage))
+                    dout_buffer = dout_smem.index(dout_stage)
+                    _load_tile(dout_desc, [batch, row, head, 0], dirty_full, dout_buffer, BLOCK_M, BLOCK_D)
+                    delta_buffer = delta_smem.index(dout_stage)
+                    tma.async_copy_global_to_shared(delta_desc, [rows_at + row], dirty_full, delta_buffer)
+                    mbarrier.wait(dirty_full, dirty_phase)
+                    dirty_phase = dirty_phase ^ 1
+                    _zero_hidden_rows(q_blocks, stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
+                    mbarrier.arrive(q_full.index(stage), count=1)
+                    _zero_hidden_rows(dout_blocks, dout_stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
+                    mbarrier.arrive(dout_full.index(dout_stage), count=1)
+                else:
+                    full = q_full.index(stage)
+                    mbarrier.expect(full, BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
+                    if LISTED:
+                        _load_bounds(bounds_desc, bounds_at + row, n_rows, full, bounds_smem, stage)
+                    _load_tile(q_desc, [batch, row, head, 0], full, q_smem.index(stage), BLOCK_M, BLOCK_D)
+                    tma.async_copy_global_to_shared(start_desc, [rows_at + row], full, start_smem.index(stage))
+                    if not LISTED:  # noqa: SIM102  (one condition is known at compile time, the other is not)
+                        if it == 0:  # behind the first q: the first product needs k and q only
+                            mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
+                            _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
+                    if it >= DOUT_STAGES:
+                        meet("sync", DOUT_BARRIER + dout_stage)
+                    full = dout_full.index(dout_stage)
+                    mbarrier.expect(full, BLOCK_M * HEAD_BYTES + ROW_BYTES)
+                    dout_buffer = dout_smem.index(dout_stage)
+                    _load_tile(dout_desc, [batch, row, head, 0], full, dout_buffer, BLOCK_M, BLOCK_D)
+                    tma.async_copy_global_to_shared(delta_desc, [rows_at + row], full, delta_smem.index(dout_stage))
+                it += 1
     # Leave no barrier half full.
     for last in range(max(it, Q_STAGES), it + Q_STAGES):
         meet("sync", Q_BARRIER + last % Q_STAGES)
@@ -152,11 +159,20 @@ def _producer(
 
 
 @gluon.jit
+def _start_dp(it, v_smem, dout_smem, delta_smem, dout_full, zeros, DOUT_STAGES: gl.constexpr):
+    """Start the product for a tile's dp."""
+    stage = it % DOUT_STAGES
+    mbarrier.wait(dout_full.index(stage), (it // DOUT_STAGES) & 1)
+    _, delta = gl.broadcast(zeros, delta_smem.index(stage).load(gl.SliceLayout(0, zeros.type.layout))[None, :])
+    return warpgroup_mma(v_smem, dout_smem.index(stage).permute((1, 0)), delta, is_async=True)
+
+
+@gluon.jit
 def _first_half(
     it,
     tile,
     masked,
-    scores_pending: gl.constexpr,
+    DK_PENDING: gl.constexpr,
     scores,
     dk,
     dv,
@@ -169,18 +185,23 @@ def _first_half(
     BLOCK_M: gl.constexpr,
     Q_STAGES: gl.constexpr,
     DOUT_STAGES: gl.constexpr,
-    MASKED: gl.constexpr,
+    MASK: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     LISTED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
-    WITH_DQ: gl.constexpr,
+    DS_SHARED: gl.constexpr,
+    DP_EARLY: gl.constexpr,
+    DV_LATE: gl.constexpr,
 ):
     """A query tile's weights, dv and ds. Beside the weights, dk of the tile before is computed, if one is pending.
 
     Args:
-        scores_pending: whether a product for dk was started after the one for the scores.
-        MASKED: rows may be hidden from some keys, in those tiles of which ``masked`` says so.
+        DK_PENDING: whether a product for dk was started after the one for the scores.
+        MASK: MASK_NONE, MASK_LEADING (mask) or MASK_ANY (mask where ``masked`` says so).
+        DS_SHARED: ds is needed in shared memory.
+        DP_EARLY: dp is started before the weights are made, not with dv: 0 never, 1 in tiles without masks, 2 always.
+        DV_LATE: dv is still being computed at the end.
     """
     _, _, v_smem, dout_smem, ds_smem, start_smem, delta_smem, _ = shared
     _, dout_full, _ = bars
@@ -190,37 +211,47 @@ def _first_half(
     P_L: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
     zeros = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, L)
     stage, dout_stage = it % Q_STAGES, it % DOUT_STAGES
-    s = warpgroup_mma_wait(1 if scores_pending else 0, deps=[scores])
+    # The first tile has nothing beside which dp would be early, and there ptxas would have it wait.
+    EARLY: gl.constexpr = DK_PENDING and (DP_EARLY == 2 or (DP_EARLY == 1 and MASK == MASK_NONE))
+    if EARLY:
+        dp_async = _start_dp(it, v_smem, dout_smem, delta_smem, dout_full, zeros, DOUT_STAGES)
+    s = warpgroup_mma_wait((1 if DK_PENDING else 0) + (1 if EARLY else 0), deps=[scores])
     if HAS_SOFTCAP:
         row_start = start_smem.index(stage).load(gl.SliceLayout(0, L))
     else:
         row_start = key_start
     p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL)
-    if MASKED:  # noqa: SIM102  (one condition is known at compile time, the other is not)
+    bounds = (bounds_smem, stage)
+    if MASK == MASK_LEADING:
+        visible = _visible(first_key, tile * BLOCK_M, right, left, bounds, HAS_LEFT, LISTED, L)
+        p = gl.where(visible, p, 0.0)
+        if HAS_SOFTCAP:
+            g = gl.where(visible, g, 0.0)
+    if MASK == MASK_ANY:  # noqa: SIM102  (one condition is known at compile time, the other is not)
         if masked:
-            bounds = (bounds_smem, stage)
             visible = _visible(first_key, tile * BLOCK_M, right, left, bounds, HAS_LEFT, LISTED, L)
             p = gl.where(visible, p, 0.0)
             if HAS_SOFTCAP:
                 g = gl.where(visible, g, 0.0)
     if not HAS_SOFTCAP:
         g = p
-    mbarrier.wait(dout_full.index(dout_stage), (it // DOUT_STAGES) & 1)
-    _, delta = gl.broadcast(zeros, delta_smem.index(dout_stage).load(gl.SliceLayout(0, L))[None, :])
-    dp_async = warpgroup_mma(v_smem, dout_smem.index(dout_stage).permute((1, 0)), delta, is_async=True)
+    if not EARLY:
+        dp_async = _start_dp(it, v_smem, dout_smem, delta_smem, dout_full, zeros, DOUT_STAGES)
     dv = warpgroup_mma(gl.convert_layout(p.to(DTYPE), P_L), dout_smem.index(dout_stage), dv, is_async=True)
-    if scores_pending:
+    if DK_PENDING:
         dk = warpgroup_mma_wait(2, deps=[dk])
         meet("arrive", Q_BARRIER + (it - 1) % Q_STAGES)
     dp = warpgroup_mma_wait(1, deps=[dp_async])
     ds = (g * dp).to(DTYPE)
-    # Two buffers: the other warpgroup may still be at the last step's dq, but not at the one before.
-    ds_smem.index(it % 2).store(ds)
-    fence_async_shared()
-    gl.thread_barrier()
-    dv = warpgroup_mma_wait(0, deps=[dv])
-    meet("arrive", DOUT_BARRIER + dout_stage)
-    return dk, dv
+    if DS_SHARED:
+        # Two buffers: the other warpgroup may still be at the last step's dq, but not at the one before.
+        ds_smem.index(it % 2).store(ds)
+        fence_async_shared()
+        gl.thread_barrier()
+    if not DV_LATE:
+        dv = warpgroup_mma_wait(0, deps=[dv])
+        meet("arrive", DOUT_BARRIER + dout_stage)
+    return gl.convert_layout(ds, P_L), dk, dv
 
 
 @gluon.jit
@@ -230,6 +261,77 @@ def _start_dq(it, k_smem, ds_smem, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr)
     DQ_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], DQ_WARPS, [16, 64, 16])
     dq = gl.full([BLOCK_M, BLOCK_D], 0.0, gl.float32, DQ_L)
     return warpgroup_mma(ds_smem.index(it % 2).permute((1, 0)), k_smem, dq, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _start_dk(it, ds, dk, q_smem, ds_smem, Q_STAGES: gl.constexpr, DK_SHARED: gl.constexpr):
+    """Start the product for a tile's dk, with ds from shared memory or from registers."""
+    q = q_smem.index(it % Q_STAGES)
+    if DK_SHARED:
+        dk = warpgroup_mma(ds_smem.index(it % 2), q, dk, is_async=True)
+    else:
+        dk = warpgroup_mma(ds, q, dk, is_async=True)
+    return dk
+
+
+@gluon.jit
+def _step(
+    it,
+    tile,
+    masked,
+    ds,
+    dk,
+    dv,
+    first_key,
+    key_start,
+    shared,
+    bars,
+    numbers,
+    lists,
+    BLOCK_M: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    DOUT_STAGES: gl.constexpr,
+    MASK: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    LISTED: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    TAIL: gl.constexpr,
+    WITH_DQ: gl.constexpr,
+    DK_SHARED: gl.constexpr,
+    DP_EARLY: gl.constexpr,
+    DV_LATE: gl.constexpr,
+):
+    """What is left of tile number ``it``, and the first half of the next, ``tile``."""
+    q_smem, k_smem, _, _, ds_smem, start_smem, _, dq_smem = shared
+    q_full, _, dq_free = bars
+    bounds_smem, entry_smem = lists
+    zeros = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, scores_layout(BLOCK_M))
+    next_stage = (it + 1) % Q_STAGES
+    if WITH_DQ:
+        dq_async = _start_dq(it, k_smem, ds_smem, BLOCK_M, BLOCK_D)
+    mbarrier.wait(q_full.index(next_stage), ((it + 1) // Q_STAGES) & 1)
+    start = _next_start(start_smem, next_stage, zeros, HAS_SOFTCAP, scores_layout(BLOCK_M))
+    scores = warpgroup_mma(k_smem, q_smem.index(next_stage).permute((1, 0)), start, is_async=True)
+    dk = _start_dk(it, ds, dk, q_smem, ds_smem, Q_STAGES, DK_SHARED)
+    if DV_LATE and not WITH_DQ:
+        dv = warpgroup_mma_wait(2, deps=[dv])
+    if WITH_DQ:
+        if DV_LATE:
+            dv, dq = warpgroup_mma_wait(2, deps=[dv, dq_async])
+        else:
+            dq = warpgroup_mma_wait(2, deps=[dq_async])
+    if DV_LATE:
+        meet("arrive", DOUT_BARRIER + it % DOUT_STAGES)
+    if WITH_DQ:
+        _hand_over(dq, it, dq_smem, dq_free)
+    if LISTED:
+        masked = (_read(entry_smem.index(next_stage)) & ENTRY_MASKED) != 0
+    return _first_half(
+        it + 1, tile, masked, True, scores, dk, dv, first_key, key_start, shared, bars, numbers, bounds_smem,
+        BLOCK_M, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ or DK_SHARED, DP_EARLY,
+        DV_LATE,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -272,13 +374,16 @@ def _consumer(
     BLOCK_D: gl.constexpr,
     Q_STAGES: gl.constexpr,
     DOUT_STAGES: gl.constexpr,
-    MASKED: gl.constexpr,
+    MASK: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     LISTED: gl.constexpr,
     GROUPED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
+    DK_SHARED: gl.constexpr,
+    DP_EARLY: gl.constexpr,
+    DV_LATE: gl.constexpr,
 ):
     """Two warpgroups: dk and dv of 64 keys each, and each step's dq together."""
     q_smem, k_smem, v_smem, _, ds_smem, start_smem, _, dq_smem = shared
@@ -294,6 +399,7 @@ def _consumer(
     key_start = gl.where(keys < seqlen_k, 0.0, float("-inf"))
     dk = gl.full([BLOCK_N, BLOCK_D], 0.0, gl.float32, OUT_L)
     dv = gl.full([BLOCK_N, BLOCK_D], 0.0, gl.float32, OUT_L)
+    DS_SHARED: gl.constexpr = WITH_DQ or DK_SHARED
     total = n * n_heads
     step_bars = (q_full, dout_full, dq_free)
 
@@ -312,46 +418,53 @@ def _consumer(
         masked = False
         if LISTED:
             masked = (_read(entry_smem.index(0)) & ENTRY_MASKED) != 0
-        elif MASKED:
+        elif MASK == MASK_ANY:
             masked = (n_before > 0) | (n_full == 0)
-        dk, dv = _first_half(
+        ds, dk, dv = _first_half(
             0, first_tile, masked, False, scores, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-            BLOCK_M, Q_STAGES, DOUT_STAGES, MASKED, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
+            BLOCK_M, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, DS_SHARED, DP_EARLY, DV_LATE,
         )  # fmt: skip
-        i = n * 0
-        for it in range(total - 1):  # over the tiles of all heads: what is left of one, and the first half of the next
-            i += 1
-            if GROUPED:
-                i = gl.where(i >= n, 0, i)
-            stage, next_stage = it % Q_STAGES, (it + 1) % Q_STAGES
-            if WITH_DQ:
-                dq_async = _start_dq(it, k_smem, ds_smem, BLOCK_M, BLOCK_D)
-            mbarrier.wait(q_full.index(next_stage), ((it + 1) // Q_STAGES) & 1)
-            start = _next_start(start_smem, next_stage, zeros, HAS_SOFTCAP, L)
-            scores = warpgroup_mma(k_smem, q_smem.index(next_stage).permute((1, 0)), start, is_async=True)
-            dk = warpgroup_mma(ds_smem.index(it % 2), q_smem.index(stage), dk, is_async=True)
-            if WITH_DQ:
-                dq = warpgroup_mma_wait(2, deps=[dq_async])
-                _hand_over(dq, it, dq_smem, dq_free)
-            masked = False
-            if LISTED:
-                masked = (_read(entry_smem.index(next_stage)) & ENTRY_MASKED) != 0
-            elif MASKED:
-                masked = (i < n_before) | (i >= n_before + n_full)
-            dk, dv = _first_half(
-                it + 1, first_tile + i, masked, True, scores, dk, dv, first_key, key_start, shared, step_bars, numbers,
-                bounds_smem, BLOCK_M, Q_STAGES, DOUT_STAGES, MASKED, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
-            )  # fmt: skip
+        if MASK == MASK_LEADING:
+            BEFORE: gl.constexpr = BLOCK_N // BLOCK_M
+            if BEFORE > 1 or GROUPED:
+                for it in range(BEFORE * n_heads - 1):
+                    ds, dk, dv = _step(
+                        it, first_tile + (it + 1) % BEFORE, True, ds, dk, dv, first_key, key_start, shared, step_bars,
+                        numbers, lists, BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, MASK, False, False, HAS_SOFTCAP,
+                        TAIL, WITH_DQ, DK_SHARED, DP_EARLY, DV_LATE,
+                    )  # fmt: skip
+            for it in range(BEFORE * n_heads - 1, total - 1):
+                ds, dk, dv = _step(
+                    it, 0, False, ds, dk, dv, first_key, key_start, shared, step_bars, numbers, lists,
+                    BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, MASK_NONE, False, False, HAS_SOFTCAP, TAIL, WITH_DQ,
+                    DK_SHARED, DP_EARLY, DV_LATE,
+                )  # fmt: skip
+        else:
+            i = n * 0
+            for it in range(total - 1):  # over the tiles of all heads
+                i += 1
+                if GROUPED:
+                    i = gl.where(i >= n, 0, i)
+                masked = False
+                if MASK == MASK_ANY:
+                    masked = (i < n_before) | (i >= n_before + n_full)
+                ds, dk, dv = _step(
+                    it, first_tile + i, masked, ds, dk, dv, first_key, key_start, shared, step_bars, numbers, lists,
+                    BLOCK_M, BLOCK_D, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
+                    DK_SHARED, DP_EARLY, DV_LATE,
+                )  # fmt: skip
         last = total - 1
         if WITH_DQ:
             dq_async = _start_dq(last, k_smem, ds_smem, BLOCK_M, BLOCK_D)
-            dk = warpgroup_mma(ds_smem.index(last % 2), q_smem.index(last % Q_STAGES), dk, is_async=True)
+            dk = _start_dk(last, ds, dk, q_smem, ds_smem, Q_STAGES, DK_SHARED)
             dq = warpgroup_mma_wait(1, deps=[dq_async])
             _hand_over(dq, last, dq_smem, dq_free)
         else:
-            dk = warpgroup_mma(ds_smem.index(last % 2), q_smem.index(last % Q_STAGES), dk, is_async=True)
-        dk = warpgroup_mma_wait(0, deps=[dk])
+            dk = _start_dk(last, ds, dk, q_smem, ds_smem, Q_STAGES, DK_SHARED)
+        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
         meet("arrive", Q_BARRIER + last % Q_STAGES)
+        if DV_LATE:
+            meet("arrive", DOUT_BARRIER + last % DOUT_STAGES)
     gl.thread_barrier()  # the other warpgroup, too, has done with k and v
     _store_rows(dv_ptr, dv_stride, seqlen_k - first_key, dv, v_smem, V_HEAD_DIM)
     _store_rows(dk_ptr, dk_stride, seqlen_k - first_key, dk * scale, k_smem, HEAD_DIM)
@@ -395,7 +508,7 @@ def attention_backward_turned(
     BLOCK_D: gl.constexpr,
     Q_STAGES: gl.constexpr,
     DOUT_STAGES: gl.constexpr,
-    MASKED: gl.constexpr,
+    MASK: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
     LISTED: gl.constexpr,
@@ -404,6 +517,9 @@ def attention_backward_turned(
     TAIL: gl.constexpr,
     ROTATE: gl.constexpr,
     WITH_DQ: gl.constexpr,
+    DK_SHARED: gl.constexpr,
+    DP_EARLY: gl.constexpr,
+    DV_LATE: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
     """As ``backward.attention_backward``, with Q_STAGES buffers of q and DOUT_STAGES of dout, at most three each."""
@@ -460,7 +576,9 @@ def attention_backward_turned(
         mbarrier.init(dout_full.index(b), count=1)
     dq_smem = q_smem
     dq_free = kv_full
-    ds_smem = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], SWIZZLED)
+    ds_smem = q_smem
+    if WITH_DQ or DK_SHARED:
+        ds_smem = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], SWIZZLED)
     if WITH_DQ:
         dq_smem = gl.allocate_shared_memory(gl.float32, [64, 128], dq_desc.layout)
         dq_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
@@ -486,6 +604,7 @@ def attention_backward_turned(
     descs = (q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc, bounds_desc)
     buffers = (q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem, bounds_smem, entry_smem)
     pointers = (entries_ptr, bounds_ptr, n_rows, bounds_at)
+    PHASES: gl.constexpr = 2 if MASK == MASK_LEADING and GROUPED else 1
     bars = (kv_full, q_full, dout_full, dq_free)
     steps = (n, n_before, n_full)
     fill_bars = (kv_full, q_full, dout_full, dirty_full)
@@ -493,10 +612,11 @@ def attention_backward_turned(
         gl.warp_specialize(
             [
                 (_consumer, (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                             Q_STAGES, DOUT_STAGES, MASKED, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True)),
+                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True,
+                             DK_SHARED, DP_EARLY, DV_LATE)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
-                             Q_STAGES, DOUT_STAGES, ROTATE, LISTED)),
-                (_storer, (dq_desc, dq_smem, dq_free, where, entries_ptr, BLOCK_M, BLOCK_D, ROTATE, LISTED, 1)),
+                             Q_STAGES, DOUT_STAGES, ROTATE, LISTED, PHASES)),
+                (_storer, (dq_desc, dq_smem, dq_free, where, entries_ptr, BLOCK_M, BLOCK_D, ROTATE, LISTED, PHASES)),
             ],
             [1, 1],
             [OTHER_REGISTERS, OTHER_REGISTERS],
@@ -505,9 +625,10 @@ def attention_backward_turned(
         gl.warp_specialize(
             [
                 (_consumer, (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                             Q_STAGES, DOUT_STAGES, MASKED, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False)),
+                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False,
+                             DK_SHARED, DP_EARLY, DV_LATE)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
-                             Q_STAGES, DOUT_STAGES, ROTATE, LISTED)),
+                             Q_STAGES, DOUT_STAGES, ROTATE, LISTED, PHASES)),
             ],
             [1],
             [OTHER_REGISTERS],

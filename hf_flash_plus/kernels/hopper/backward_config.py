@@ -19,7 +19,7 @@ class Config(NamedTuple):
         turned: the kernel of ``backward_turned``, for which ``stages`` are those of q.
         dout_stages: those of dout, for the turned kernel.
         dk_shared: its product for dk takes ds from shared memory, not from registers.
-        dp_early: its product for dp is started before the weights are made: 0 never, 1 in tiles without masks, 2 always.
+        dp_early: its product for dp is started before the weights are made: 0 never, 1 where nothing masks, 2 always.
         dv_late: its product for dv is waited for when those that follow have been started.
     """
 
@@ -31,7 +31,7 @@ class Config(NamedTuple):
     dout_stages: int = 2
     dk_shared: bool = True
     dp_early: int = 1
-    dv_late: bool = True
+    dv_late: bool = False
 
 
 def block_d(head_dim: int, v_head_dim: int) -> int:

@@ -191,6 +191,7 @@ def _first_half(
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     DS_SHARED: gl.constexpr,
+    DK_SHARED: gl.constexpr,
     DP_EARLY: gl.constexpr,
     DV_LATE: gl.constexpr,
 ):
@@ -235,10 +236,19 @@ def _first_half(
                 g = gl.where(visible, g, 0.0)
     if not HAS_SOFTCAP:
         g = p
+    # What dk's product holds of ds is needed for the weights.
+    DK_FIRST: gl.constexpr = EARLY and not DK_SHARED
+    if DK_FIRST:
+        if HAS_SOFTCAP:
+            dk, p, g = warpgroup_mma_wait(1, deps=[dk, p, g])
+        else:
+            dk, p = warpgroup_mma_wait(1, deps=[dk, p])
+            g = p
+        meet("arrive", Q_BARRIER + (it - 1) % Q_STAGES)
     if not EARLY:
         dp_async = _start_dp(it, v_smem, dout_smem, delta_smem, dout_full, zeros, DOUT_STAGES)
     dv = warpgroup_mma(gl.convert_layout(p.to(DTYPE), P_L), dout_smem.index(dout_stage), dv, is_async=True)
-    if DK_PENDING:
+    if DK_PENDING and not DK_FIRST:
         dk = warpgroup_mma_wait(2, deps=[dk])
         meet("arrive", Q_BARRIER + (it - 1) % Q_STAGES)
     dp = warpgroup_mma_wait(1, deps=[dp_async])
@@ -329,8 +339,8 @@ def _step(
         masked = (_read(entry_smem.index(next_stage)) & ENTRY_MASKED) != 0
     return _first_half(
         it + 1, tile, masked, True, scores, dk, dv, first_key, key_start, shared, bars, numbers, bounds_smem,
-        BLOCK_M, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ or DK_SHARED, DP_EARLY,
-        DV_LATE,
+        BLOCK_M, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ or DK_SHARED, DK_SHARED,
+        DP_EARLY, DV_LATE,
     )  # fmt: skip
 
 
@@ -422,7 +432,8 @@ def _consumer(
             masked = (n_before > 0) | (n_full == 0)
         ds, dk, dv = _first_half(
             0, first_tile, masked, False, scores, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-            BLOCK_M, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, DS_SHARED, DP_EARLY, DV_LATE,
+            BLOCK_M, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, DS_SHARED, DK_SHARED, DP_EARLY,
+            DV_LATE,
         )  # fmt: skip
         if MASK == MASK_LEADING:
             BEFORE: gl.constexpr = BLOCK_N // BLOCK_M

@@ -16,6 +16,7 @@ pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this Trit
 
 from hf_flash_plus.inputs import AttentionInputs
 from hf_flash_plus.kernels.hopper import backward_dq_launch, backward_launch
+from hf_flash_plus.kernels.hopper.backward_config import Config
 from hf_flash_plus.masks import CAUSAL, FULL, AttentionMask
 
 from .compiling import _BIN, TARGETS, _find, barriers, call, compiling_for
@@ -27,14 +28,16 @@ if reason := backward_launch.gluon_reason():
 SERIALIZED = ("C7510", "C7512", "C7514", "C7515", "C7517", "C7519", "serialized")
 
 
-def hopper_launches(inputs: AttentionInputs, mode: str, dout: torch.Tensor | None = None) -> dict[str, Any]:
+def hopper_launches(
+    inputs: AttentionInputs, mode: str, dout: torch.Tensor | None = None, config: Config | None = None
+) -> dict[str, Any]:
     """All launches of a call's backward pass, by name; nothing runs."""
     q = inputs.query
     batch, seqlen_q, nheads, _ = q.shape
     _, seqlen_k, nheads_k, v_head_dim = inputs.value.shape
     out = torch.empty(batch, seqlen_q, nheads, v_head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, nheads, seqlen_q, dtype=torch.float32, device=q.device)
-    parts = backward_launch.take_apart(inputs, out, lse, out if dout is None else dout, mode)
+    parts = backward_launch.take_apart(inputs, out, lse, out if dout is None else dout, mode, config)
     buffers = backward_launch.allocate(parts)
     dtype = q.dtype if parts.splits == 1 else torch.float32
     first_key = parts.bounds.first_key
@@ -97,8 +100,12 @@ if os.environ.get("HF_FLASH_PLUS_AOT") == "full":
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v[:-1])).replace("torch.", ""))
 def test_compiles(variant: tuple[str, str, int, int, int, float, torch.dtype, int]) -> None:
     mode, *rest, bound = variant
+    _compile(mode, _inputs(*rest), bound)
+
+
+def _compile(mode: str, inputs: AttentionInputs, bound: int, config: Config | None = None) -> None:
     with compiling_for("sm90"):
-        for name, launch in hopper_launches(_inputs(*rest), mode).items():
+        for name, launch in hopper_launches(inputs, mode, config=config).items():
             kernel = launch.warm_up()
             if name == "summary":
                 continue
@@ -115,6 +122,35 @@ def test_compiles(variant: tuple[str, str, int, int, int, float, torch.dtype, in
                 spilled = _find(r"(\d+) bytes spill stores", said)
                 allowed = bound if name == "main" else DQ_SPILLS
                 assert spilled <= allowed, f"{name} spills {spilled} bytes, allowed are {allowed}"
+
+
+@pytest.mark.parametrize(
+    ("mode", "mask", "head_dim", "nheads_k", "seqlen", "bound"),
+    [
+        ("unordered", "full", 128, 32, 4096, 32),
+        ("unordered", "causal", 128, 32, 4096, 96),
+        ("unordered", "causal", 128, 8, 4000, 128),
+        ("unordered", "intervals", 128, 8, 4000, 256),
+        ("split", "causal", 128, 32, 4096, 64),
+        ("unordered", "full", 64, 32, 4096, 64),
+        ("unordered", "causal", 64, 32, 4096, 64),
+        ("unordered", "causal", 64, 8, 4000, 128),
+        ("unordered", "intervals", 64, 8, 4000, 256),
+        ("split", "causal", 64, 32, 4096, 64),
+    ],
+)
+def test_turned_loop_compiles(mode: str, mask: str, head_dim: int, nheads_k: int, seqlen: int, bound: int) -> None:
+    rows = 128 if head_dim == 64 else 64
+    inputs = _inputs(mask, head_dim, nheads_k, seqlen, 0.0, BF16)
+    _compile(mode, inputs, bound, Config(rows, turned=True))
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("option", [{"dk_shared": False}, {"dv_late": True}], ids=["registers", "late"])
+def test_options_of_the_turned_loop(option: dict[str, bool], mask: str) -> None:
+    """At 128 columns: dk's product with ds from registers; dv waited for late."""
+    inputs = _inputs(mask, 128, 32, 4096, 0.0, BF16)
+    _compile("unordered", inputs, 192, Config(64, turned=True, **option))
 
 
 def test_lengths_do_not_recompile() -> None:

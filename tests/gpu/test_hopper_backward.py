@@ -122,7 +122,7 @@ def compilations() -> list[Compilation]:
     """By what main kernels differ in."""
     work = []
     for case in CASES:
-        dim = backward_config.block_d(case.head_dim, case.v_head_dim)
+        dim = backward_config.widths(case.head_dim, case.v_head_dim)[0]
         for mode in MODES:
             structure = (kind_of_mask(case.features), "softcap" in case.features, case.dtype)
             work.append(Compilation((mode == "unordered", dim, *structure), _compile, (case, mode)))

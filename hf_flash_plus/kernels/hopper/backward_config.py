@@ -21,6 +21,8 @@ class Config(NamedTuple):
         dk_shared: its product for dk takes ds from shared memory, not from registers.
         dp_early: its product for dp is started before the weights are made: 0 never, 1 where nothing masks, 2 always.
         dv_late: its product for dv is waited for when those that follow have been started.
+        keys: of a tile. At widths beyond 128 they, ``stages`` of q, ``dout_stages`` and ``dp_early`` are all there is to
+            choose: ``backward_wide`` is the only kernel.
     """
 
     block_m: int
@@ -32,15 +34,33 @@ class Config(NamedTuple):
     dk_shared: bool = True
     dp_early: int = 1
     dv_late: bool = False
+    keys: int = 128
 
 
-def block_d(head_dim: int, v_head_dim: int) -> int:
-    """The head dimension that the kernel computes with: descriptors fill what is missing with zeros."""
-    return 64 if max(head_dim, v_head_dim) <= 64 else 128
+#: The widths of q and k beyond 128 that calls are served at; the portable kernels serve the others. None yet:
+#: ``backward_wide`` has not run on a GPU. (Its launches take any :data:`WIDE` width.)
+SERVED_WIDE: frozenset[int] = frozenset()
+
+#: ``backward_wide`` by the width of q and k: 128 keys where those have 192 columns and v 128, and 64 where all have 256.
+WIDE = {
+    192: Config(64, 2, dout_stages=1, dp_early=0, keys=128),
+    256: Config(64, 2, dout_stages=1, dp_early=1, keys=64),
+}
+
+
+def widths(head_dim: int, v_head_dim: int) -> tuple[int, int]:
+    """The head dimensions of q and k, and of v, that the kernels compute with: descriptors fill what is missing with
+    zeros."""
+    widest = max(head_dim, v_head_dim)
+    if widest <= 128:
+        return (64, 64) if widest <= 64 else (128, 128)
+    return (192, 128) if head_dim <= 192 and v_head_dim <= 128 else (256, 256)
 
 
 def select(dim: int, with_dq: bool) -> Config:
-    """The configuration for a padded head dimension, with or without dq (whose buffers take a third stage's memory)."""
+    """The configuration for q's and k's width, with or without dq (whose buffers take a third stage's memory)."""
+    if dim > 128:
+        return WIDE[dim]
     if dim == 64:
         return Config(128)
     return Config(64, stages=2 if with_dq else 3)

@@ -43,7 +43,7 @@ def _rows(tensor: torch.Tensor, batch: int, head: int, first: int, count: int, d
 def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: torch.Tensor, dv: torch.Tensor) -> None:
     """``backward.attention_backward`` in PyTorch."""
     batch, nheads, nheads_k, _, keys = parts.sizes
-    block_m, block_n, dim, bounds = parts.config.block_m, backward_launch.BLOCK_N, parts.block_d, parts.bounds
+    block_m, block_n, dim, bounds = parts.config.block_m, parts.config.keys, parts.block_d, parts.bounds
     group = nheads // nheads_k // parts.splits
     n_heads = parts.splits * batch * nheads_k
     listed, softcap = parts.intervals is not None, parts.softcap

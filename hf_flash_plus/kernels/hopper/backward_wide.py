@@ -55,7 +55,7 @@ from .backward import (
     reduce_add,
 )
 from .backward_turned import DOUT_BARRIER, Q_BARRIER
-from .primitives import retire
+from .primitives import opaque, retire
 
 
 @gluon.constexpr_function
@@ -317,6 +317,15 @@ def _visible(first_key, first_row, right, left, bounds, HAS_LEFT: gl.constexpr, 
 
 
 @gluon.jit
+def _here(buffer, stage):
+    """A tile of a buffer. Where there is one only, its number is hidden from the compiler, that otherwise computes the
+    descriptors of all its products ahead of the loop and spills them."""
+    if buffer.shape[0] == 1:
+        stage = opaque(stage * 0)
+    return buffer.index(stage)
+
+
+@gluon.jit
 def _start_scores(it, tiles, rows, q_full, zeros, Q_STAGES: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
                   MORE: gl.constexpr):
     """Start the products for a tile's scores (one, or two with MORE)."""
@@ -326,9 +335,9 @@ def _start_scores(it, tiles, rows, q_full, zeros, Q_STAGES: gl.constexpr, HAS_SO
     stage = it % Q_STAGES
     mbarrier.wait(q_full.index(stage), (it // Q_STAGES) & 1)
     start = _next_start(start_smem, stage, zeros, HAS_SOFTCAP, L)
-    scores = warpgroup_mma(k_smem, q_smem.index(stage).permute((1, 0)), start, is_async=True)
+    scores = warpgroup_mma(_here(k_smem, stage), q_smem.index(stage).permute((1, 0)), start, is_async=True)
     if MORE > 0:
-        scores = warpgroup_mma(k2_smem, q2_smem.index(stage).permute((1, 0)), scores, is_async=True)
+        scores = warpgroup_mma(_here(k2_smem, stage), q2_smem.index(stage).permute((1, 0)), scores, is_async=True)
     return scores
 
 
@@ -340,7 +349,7 @@ def _start_dp(it, tiles, rows, dout_full, zeros, DOUT_STAGES: gl.constexpr):
     stage = it % DOUT_STAGES
     mbarrier.wait(dout_full.index(stage), (it // DOUT_STAGES) & 1)
     _, delta = gl.broadcast(zeros, delta_smem.index(stage).load(gl.SliceLayout(0, zeros.type.layout))[None, :])
-    return warpgroup_mma(v_smem, dout_smem.index(stage).permute((1, 0)), delta, is_async=True)
+    return warpgroup_mma(_here(v_smem, it), _here(dout_smem, stage).permute((1, 0)), delta, is_async=True)
 
 
 @gluon.jit
@@ -348,7 +357,7 @@ def _start_dq(it, ds_smem, k, COLUMNS: gl.constexpr):
     """Start the product for some columns of a tile's dq."""
     DQ_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, COLUMNS // 2, 16])
     dq = gl.full([64, COLUMNS], 0.0, gl.float32, DQ_L)
-    return warpgroup_mma(ds_smem.index(it % 2).permute((1, 0)), k, dq, use_acc=False, is_async=True)
+    return warpgroup_mma(ds_smem.index(it % 2).permute((1, 0)), _here(k, it), dq, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -441,10 +450,10 @@ def _first_half(
     if not EARLY:
         dp_async = _start_dp(it, tiles, rows, dout_full, zeros, DOUT_STAGES)
     if KEYS == 64:
-        dv = warpgroup_mma(p_smem.index(it % 2), dout_smem.index(dout_stage), dv, is_async=True)
+        dv = warpgroup_mma(p_smem.index(it % 2), _here(dout_smem, dout_stage), dv, is_async=True)
     else:
         P_L: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
-        dv = warpgroup_mma(gl.convert_layout(weights, P_L), dout_smem.index(dout_stage), dv, is_async=True)
+        dv = warpgroup_mma(gl.convert_layout(weights, P_L), _here(dout_smem, dout_stage), dv, is_async=True)
     if HELD:
         _hand_over(held, held, 0, dq_smem, more_smem, dq_free, 0)
     if PENDING:
@@ -597,10 +606,10 @@ def _consumer(
     mbarrier.wait(kv_full.index(0), 0)
     if LISTED:
         mbarrier.wait(kv_full.index(1), 0)
-        _zero_not_finite(k_smem)
+        _zero_not_finite(k_smem.index(0))
         if MORE > 0:
-            _zero_not_finite(k2_smem)
-        _zero_not_finite(v_smem)
+            _zero_not_finite(k2_smem.index(0))
+        _zero_not_finite(v_smem.index(0))
         gl.thread_barrier()
     if total > 0:
         scores = _start_scores(0, tiles, rows, q_full, zeros, Q_STAGES, HAS_SOFTCAP, MORE)
@@ -664,10 +673,10 @@ def _consumer(
         meet("arrive", Q_BARRIER + stage)
     gl.thread_barrier()  # the other warpgroup, too, has done with k and v
     n_keys = seqlen_k - first_key
-    _store_rows(dv_ptr, dv_stride, n_keys, dv, v_smem, V_HEAD_DIM)
-    _store_rows(dk_ptr, dk_stride, n_keys, dk * scale, k_smem, HEAD_DIM)
+    _store_rows(dv_ptr, dv_stride, n_keys, dv, v_smem.index(0), V_HEAD_DIM)
+    _store_rows(dk_ptr, dk_stride, n_keys, dk * scale, k_smem.index(0), HEAD_DIM)
     if MORE > 0:
-        _store_rows(dk_ptr + WIDE, dk_stride, n_keys, more * scale, k2_smem, HEAD_DIM - WIDE)
+        _store_rows(dk_ptr + WIDE, dk_stride, n_keys, more * scale, k2_smem.index(0), HEAD_DIM - WIDE)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
@@ -755,14 +764,14 @@ def attention_backward_wide(
 
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    k_smem = gl.allocate_shared_memory(DTYPE, [KEYS, WIDE], SWIZZLED)
-    v_smem = gl.allocate_shared_memory(DTYPE, [KEYS, V_WIDE], SWIZZLED)
+    k_smem = gl.allocate_shared_memory(DTYPE, [1, KEYS, WIDE], SWIZZLED)
+    v_smem = gl.allocate_shared_memory(DTYPE, [1, KEYS, V_WIDE], SWIZZLED)
     q_smem = gl.allocate_shared_memory(DTYPE, [Q_STAGES, BLOCK_M, WIDE], SWIZZLED)
     dout_smem = gl.allocate_shared_memory(DTYPE, [DOUT_STAGES, BLOCK_M, V_WIDE], SWIZZLED)
     k2_smem = k_smem
     q2_smem = q_smem
     if MORE > 0:
-        k2_smem = gl.allocate_shared_memory(DTYPE, [KEYS, MORE], SWIZZLED)
+        k2_smem = gl.allocate_shared_memory(DTYPE, [1, KEYS, MORE], SWIZZLED)
         q2_smem = gl.allocate_shared_memory(DTYPE, [Q_STAGES, BLOCK_M, MORE], SWIZZLED)
     ds_smem = gl.allocate_shared_memory(DTYPE, [2, KEYS, BLOCK_M], SWIZZLED)
     p_smem = ds_smem
@@ -807,7 +816,7 @@ def attention_backward_wide(
     k2_blocks = k_blocks
     q2_blocks = q_blocks
     if MORE > 0:
-        k2_blocks = k2_smem._reinterpret(DTYPE, [1, KEYS, 64], SWIZZLED)
+        k2_blocks = k2_smem
         q2_blocks = q2_smem
     key_at = split.to(gl.int64) * dkv_stride_split + batch.to(gl.int64) * dkv_stride_b + first_key
     row_at = key_at * nheads_k + k_head

@@ -43,7 +43,7 @@ SERVED_WIDE: frozenset[int] = frozenset()
 
 #: ``backward_wide`` by the width of q and k: 128 keys where those have 192 columns and v 128, and 64 where all have 256.
 WIDE = {
-    192: Config(64, 2, dout_stages=1, dp_early=0, keys=128),
+    192: Config(64, 2, dout_stages=2, dp_early=0, keys=128),
     256: Config(64, 2, dout_stages=1, dp_early=1, keys=64),
 }
 

@@ -457,11 +457,12 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         options |= {"BLOCK_D": dim, "WITH_DQ": mode == MODES["unordered"]}
     if wide or config.turned:
         options |= {"Q_STAGES": config.stages, "DOUT_STAGES": config.dout_stages, "DP_EARLY": config.dp_early}
+        options |= {"DV_LATE": config.dv_late}
         options |= {"MASK": 2 if mask == 1 and not corners else mask}
     else:
         options |= {"STAGES": config.stages, "MASK": mask, "ALIGNED": corners}
     if kind == "turned":
-        options |= {"DK_SHARED": config.dk_shared, "DV_LATE": config.dv_late}
+        options["DK_SHARED"] = config.dk_shared
     key = (parts.q.device.index, parts.q.dtype, dk.dtype)
     return _launch(kind, parts.n_tiles_k * n_heads, arguments, options, key)
 

@@ -67,8 +67,9 @@ def key_layout(keys, columns):
 
 
 @gluon.jit
-def _load_columns(desc, batch, row, head, first: gl.constexpr, barrier, blocks, at, BLOCK: gl.constexpr,
-                  WIDTH: gl.constexpr):
+def _load_columns(
+    desc, batch, row, head, first: gl.constexpr, barrier, blocks, at, BLOCK: gl.constexpr, WIDTH: gl.constexpr
+):
     """Start the copies of (BLOCK, WIDTH) elements of a (batch, seqlen, heads, head dim) tensor; beyond its end: 0.
 
     ``blocks`` is a buffer of such tiles as blocks of 64 columns, of which the tile's first is number ``at``.
@@ -164,9 +165,7 @@ def _producer(
                     q_blocks = q_smem._reinterpret(q_smem.dtype, [Q_STAGES * N_Q * BLOCK_M // 8, 8, 64], Q_SWIZZLED)
                     _zero_hidden_rows(q_blocks, stage, row, bounds_ptr, n_rows, BLOCK_M, WIDE)
                     if MORE > 0:
-                        more_blocks = q2_smem._reinterpret(
-                            q_smem.dtype, [Q_STAGES * BLOCK_M // 8, 8, 64], Q_SWIZZLED
-                        )
+                        more_blocks = q2_smem._reinterpret(q_smem.dtype, [Q_STAGES * BLOCK_M // 8, 8, 64], Q_SWIZZLED)
                         _zero_hidden_rows(more_blocks, stage, row, bounds_ptr, n_rows, BLOCK_M, MORE)
                     mbarrier.arrive(q_full.index(stage), count=1)
                     dout_blocks = dout_smem._reinterpret(
@@ -186,7 +185,9 @@ def _producer(
                     if not LISTED:  # noqa: SIM102  (one condition is known at compile time, the other is not)
                         if it == 0:  # behind the first q: the first product needs k and q only
                             mbarrier.expect(kv_full.index(1), KEYS * V_BYTES)
-                            _load_columns(v_desc, batch, first_key, k_head, 0, kv_full.index(1), v_smem, 0, KEYS, V_WIDE)
+                            _load_columns(
+                                v_desc, batch, first_key, k_head, 0, kv_full.index(1), v_smem, 0, KEYS, V_WIDE
+                            )
                     if it >= DOUT_STAGES:
                         meet("sync", DOUT_BARRIER + dout_stage)
                     full = dout_full.index(dout_stage)
@@ -297,8 +298,17 @@ def _hand_over(dq, more, parity, dq_smem, more_smem, dq_free, MORE: gl.constexpr
 
 
 @gluon.jit
-def _visible(first_key, first_row, right, left, bounds, HAS_LEFT: gl.constexpr, LISTED: gl.constexpr,
-             KEYS: gl.constexpr, BLOCK_M: gl.constexpr):
+def _visible(
+    first_key,
+    first_row,
+    right,
+    left,
+    bounds,
+    HAS_LEFT: gl.constexpr,
+    LISTED: gl.constexpr,
+    KEYS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):
     """Which keys (rows of the tile) each query row (its columns) sees."""
     L: gl.constexpr = key_layout(KEYS, BLOCK_M)
     bounds_smem, stage = bounds
@@ -326,8 +336,16 @@ def _here(buffer, stage):
 
 
 @gluon.jit
-def _start_scores(it, tiles, rows, q_full, zeros, Q_STAGES: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-                  MORE: gl.constexpr):
+def _ds(ds_smem, it):
+    """Where a tile's ds lies: in the one buffer, or in one of two by turns (KEYS 64: the barrier that says that the weights
+    are there says of the other warpgroup that it has done with the last but one tile's dk)."""
+    return _here(ds_smem, it % ds_smem.shape[0])
+
+
+@gluon.jit
+def _start_scores(
+    it, tiles, rows, q_full, zeros, Q_STAGES: gl.constexpr, HAS_SOFTCAP: gl.constexpr, MORE: gl.constexpr
+):
     """Start the products for a tile's scores (one, or two with MORE)."""
     q_smem, q2_smem, k_smem, k2_smem, _, _, _, _ = tiles
     start_smem, _, _, _ = rows
@@ -357,7 +375,7 @@ def _start_dq(it, ds_smem, k, COLUMNS: gl.constexpr):
     """Start the product for some columns of a tile's dq."""
     DQ_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, COLUMNS // 2, 16])
     dq = gl.full([64, COLUMNS], 0.0, gl.float32, DQ_L)
-    return warpgroup_mma(ds_smem.index(it % 2).permute((1, 0)), _here(k, it), dq, use_acc=False, is_async=True)
+    return warpgroup_mma(_ds(ds_smem, it).permute((1, 0)), _here(k, it), dq, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -390,6 +408,7 @@ def _first_half(
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     DP_EARLY: gl.constexpr,
+    DV_LATE: gl.constexpr,
 ):
     """A query tile's weights, dv and ds, beside what is left of the products for dk of the tile before.
 
@@ -398,6 +417,7 @@ def _first_half(
         HELD: the half of dq that is still to be handed over is ``held``.
         MASK: MASK_NONE, MASK_LEADING (mask) or MASK_ANY (mask where ``masked`` says so).
         DP_EARLY: dp is started before the weights are made: 0 never, 1 in tiles without masks, 2 always.
+        DV_LATE: dv is still being computed at the end.
     """
     _, _, _, _, v_smem, dout_smem, ds_smem, p_smem = tiles
     start_smem, _, bounds_smem, _ = rows
@@ -463,12 +483,14 @@ def _first_half(
             dk = warpgroup_mma_wait(2, deps=[dk])
         meet("arrive", Q_BARRIER + (it - 1) % Q_STAGES)
     dp = warpgroup_mma_wait(1, deps=[dp_async])
-    # Two buffers: the other warpgroup may still be at the last step's dk, but not at the one before.
-    ds_smem.index(it % 2).store((g.to(gl.float32) * dp).to(DTYPE))
+    if KEYS == 128:
+        gl.thread_barrier()  # the other warpgroup, too, has done with the last step's dk
+    _ds(ds_smem, it).store((g.to(gl.float32) * dp).to(DTYPE))
     fence_async_shared()
     gl.thread_barrier()
-    dv = warpgroup_mma_wait(0, deps=[dv])
-    meet("arrive", DOUT_BARRIER + dout_stage)
+    if not DV_LATE:
+        dv = warpgroup_mma_wait(0, deps=[dv])
+        meet("arrive", DOUT_BARRIER + dout_stage)
     return dk, more, dv
 
 
@@ -499,6 +521,7 @@ def _step(
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     DP_EARLY: gl.constexpr,
+    DV_LATE: gl.constexpr,
 ):
     """What is left of tile number ``it``, and the first half of the next, ``tile``."""
     q_smem, q2_smem, k_smem, k2_smem, _, _, ds_smem, _ = tiles
@@ -508,16 +531,19 @@ def _step(
     zeros = gl.full([KEYS, BLOCK_M], 0.0, gl.float32, key_layout(KEYS, BLOCK_M))
     stage, next_stage = it % Q_STAGES, (it + 1) % Q_STAGES
     dq_async = _start_dq(it, ds_smem, k_smem, WIDE)
+    if DV_LATE:
+        dv = warpgroup_mma_wait(1, deps=[dv])
+        meet("arrive", DOUT_BARRIER + it % DOUT_STAGES)
     if MORE > 0:
         dq2_async = _start_dq(it, ds_smem, k2_smem, MORE)
-        dk = warpgroup_mma(ds_smem.index(it % 2), q_smem.index(stage), dk, is_async=True)
+        dk = warpgroup_mma(_ds(ds_smem, it), q_smem.index(stage), dk, is_async=True)
         dq, held = warpgroup_mma_wait(1, deps=[dq_async, dq2_async])
         _hand_over(dq, held, (it & 1) ^ 1, dq_smem, more_smem, dq_free, MORE)
         scores = _start_scores(it + 1, tiles, rows, q_full, zeros, Q_STAGES, HAS_SOFTCAP, MORE)
-        more = warpgroup_mma(ds_smem.index(it % 2), q2_smem.index(stage), more, is_async=True)
+        more = warpgroup_mma(_ds(ds_smem, it), q2_smem.index(stage), more, is_async=True)
     else:
         scores = _start_scores(it + 1, tiles, rows, q_full, zeros, Q_STAGES, HAS_SOFTCAP, MORE)
-        dk = warpgroup_mma(ds_smem.index(it % 2), q_smem.index(stage), dk, is_async=True)
+        dk = warpgroup_mma(_ds(ds_smem, it), q_smem.index(stage), dk, is_async=True)
         dq = warpgroup_mma_wait(2, deps=[dq_async])
         first, held = _halves(dq)
         _hand_over(first, first, 1, dq_smem, more_smem, dq_free, 0)
@@ -525,7 +551,7 @@ def _step(
         masked = (_read(entry_smem.index(next_stage)) & ENTRY_MASKED) != 0
     return _first_half(
         it + 1, tile, masked, True, MORE == 0, scores, dk, more, dv, held, first_key, key_start, tiles, rows, parts,
-        bars, numbers, KEYS, BLOCK_M, MORE, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, DP_EARLY,
+        bars, numbers, KEYS, BLOCK_M, MORE, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, DP_EARLY, DV_LATE,
     )  # fmt: skip
 
 
@@ -581,6 +607,7 @@ def _consumer(
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     DP_EARLY: gl.constexpr,
+    DV_LATE: gl.constexpr,
 ):
     """Two warpgroups: dk and dv, of 64 keys each or of half of the columns each, and each step's dq together."""
     q_smem, q2_smem, k_smem, k2_smem, v_smem, _, ds_smem, _ = tiles
@@ -623,7 +650,7 @@ def _consumer(
         dk, more, dv = _first_half(
             0, first_tile, masked, False, False, scores, dk, more, dv, 0, first_key, key_start, tiles, rows, parts,
             step_bars, numbers, KEYS, BLOCK_M, MORE, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL,
-            DP_EARLY,
+            DP_EARLY, DV_LATE,
         )  # fmt: skip
         if MASK == MASK_LEADING:
             BEFORE: gl.constexpr = KEYS // BLOCK_M
@@ -632,12 +659,12 @@ def _consumer(
                     dk, more, dv = _step(
                         it, first_tile + (it + 1) % BEFORE, True, dk, more, dv, first_key, key_start, tiles, rows,
                         parts, step_bars, numbers, KEYS, BLOCK_M, WIDE, MORE, Q_STAGES, DOUT_STAGES, MASK, False, False,
-                        HAS_SOFTCAP, TAIL, DP_EARLY,
+                        HAS_SOFTCAP, TAIL, DP_EARLY, DV_LATE,
                     )  # fmt: skip
             for it in range(BEFORE * n_heads - 1, total - 1):
                 dk, more, dv = _step(
                     it, 0, False, dk, more, dv, first_key, key_start, tiles, rows, parts, step_bars, numbers, KEYS,
-                    BLOCK_M, WIDE, MORE, Q_STAGES, DOUT_STAGES, MASK_NONE, False, False, HAS_SOFTCAP, TAIL, DP_EARLY,
+                    BLOCK_M, WIDE, MORE, Q_STAGES, DOUT_STAGES, MASK_NONE, False, False, HAS_SOFTCAP, TAIL, DP_EARLY, DV_LATE,
                 )  # fmt: skip
         else:
             i = n * 0
@@ -651,20 +678,23 @@ def _consumer(
                 dk, more, dv = _step(
                     it, first_tile + i, masked, dk, more, dv, first_key, key_start, tiles, rows, parts, step_bars,
                     numbers, KEYS, BLOCK_M, WIDE, MORE, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP,
-                    TAIL, DP_EARLY,
+                    TAIL, DP_EARLY, DV_LATE,
                 )  # fmt: skip
         last = total - 1
         stage = last % Q_STAGES
         dq_async = _start_dq(last, ds_smem, k_smem, WIDE)
+        if DV_LATE:
+            dv = warpgroup_mma_wait(1, deps=[dv])
+            meet("arrive", DOUT_BARRIER + last % DOUT_STAGES)
         if MORE > 0:
             dq2_async = _start_dq(last, ds_smem, k2_smem, MORE)
-            dk = warpgroup_mma(ds_smem.index(last % 2), q_smem.index(stage), dk, is_async=True)
-            more = warpgroup_mma(ds_smem.index(last % 2), q2_smem.index(stage), more, is_async=True)
+            dk = warpgroup_mma(_ds(ds_smem, last), q_smem.index(stage), dk, is_async=True)
+            more = warpgroup_mma(_ds(ds_smem, last), q2_smem.index(stage), more, is_async=True)
             dq, held = warpgroup_mma_wait(2, deps=[dq_async, dq2_async])
             _hand_over(dq, held, (last & 1) ^ 1, dq_smem, more_smem, dq_free, MORE)
             dk, more = warpgroup_mma_wait(0, deps=[dk, more])
         else:
-            dk = warpgroup_mma(ds_smem.index(last % 2), q_smem.index(stage), dk, is_async=True)
+            dk = warpgroup_mma(_ds(ds_smem, last), q_smem.index(stage), dk, is_async=True)
             dq = warpgroup_mma_wait(1, deps=[dq_async])
             first, held = _halves(dq)
             _hand_over(first, first, 1, dq_smem, more_smem, dq_free, 0)
@@ -730,6 +760,7 @@ def attention_backward_wide(
     TAIL: gl.constexpr,
     ROTATE: gl.constexpr,
     DP_EARLY: gl.constexpr,
+    DV_LATE: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
     """dk and dv of KEYS keys of one key head, summed over ``heads_per_split`` query heads, and their part of dq.
@@ -773,7 +804,7 @@ def attention_backward_wide(
     if MORE > 0:
         k2_smem = gl.allocate_shared_memory(DTYPE, [1, KEYS, MORE], SWIZZLED)
         q2_smem = gl.allocate_shared_memory(DTYPE, [Q_STAGES, BLOCK_M, MORE], SWIZZLED)
-    ds_smem = gl.allocate_shared_memory(DTYPE, [2, KEYS, BLOCK_M], SWIZZLED)
+    ds_smem = gl.allocate_shared_memory(DTYPE, [128 // KEYS, KEYS, BLOCK_M], SWIZZLED)
     p_smem = ds_smem
     if KEYS == 64:
         p_smem = gl.allocate_shared_memory(DTYPE, [2, KEYS, BLOCK_M], SWIZZLED)
@@ -840,7 +871,7 @@ def attention_backward_wide(
         [
             (_consumer, (tiles, rows, parts, bars, dkv, work, steps, numbers, HEAD_DIM, V_HEAD_DIM, KEYS, BLOCK_M, WIDE,
                          MORE, V_WIDE, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL,
-                         DP_EARLY)),
+                         DP_EARLY, DV_LATE)),
             (_producer, (descs, blocks, rows, fill_bars, where, pointers, KEYS, BLOCK_M, WIDE, MORE, V_WIDE, Q_STAGES,
                          DOUT_STAGES, ROTATE, LISTED, PHASES)),
             (_storer, (dq_desc, more_desc, dq_smem, more_smem, dq_free, where, entries_ptr, BLOCK_M, WIDE, MORE, ROTATE,

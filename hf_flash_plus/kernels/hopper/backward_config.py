@@ -21,8 +21,8 @@ class Config(NamedTuple):
         dk_shared: its product for dk takes ds from shared memory, not from registers.
         dp_early: its product for dp is started before the weights are made: 0 never, 1 where nothing masks, 2 always.
         dv_late: its product for dv is waited for when those that follow have been started.
-        keys: of a tile. At widths beyond 128 they, ``stages`` of q, ``dout_stages`` and ``dp_early`` are all there is to
-            choose: ``backward_wide`` is the only kernel.
+        keys: of a tile. Widths beyond 128 have one kernel, ``backward_wide``, which reads this, ``stages`` of q,
+            ``dout_stages``, ``dp_early`` and ``dv_late`` (the last with 64 keys only: with 128 ptxas serialises).
     """
 
     block_m: int
@@ -41,7 +41,7 @@ class Config(NamedTuple):
 #: ``backward_wide`` has not run on a GPU. (Its launches take any :data:`WIDE` width.)
 SERVED_WIDE: frozenset[int] = frozenset()
 
-#: ``backward_wide`` by the width of q and k: 128 keys where those have 192 columns and v 128, and 64 where all have 256.
+#: ``backward_wide`` by the width of q and k: 128 keys where those have 192 columns and v 128; 64 where all have 256.
 WIDE = {
     192: Config(64, 2, dout_stages=2, dp_early=0, keys=128),
     256: Config(64, 2, dout_stages=1, dp_early=1, keys=64),

@@ -425,8 +425,8 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         _descriptor(parts.q, block_m, dim), _descriptor(parts.k, keys_n, dim), _descriptor(parts.v, keys_n, v_dim),
         _descriptor(parts.dout, block_m, v_dim), _row_descriptor(buffers.start, block_m),
         _row_descriptor(buffers.minus_delta, block_m), _row_descriptor(row_bounds, block_m),
-        *sums, dk, dv, buffers.entries, buffers.counts, buffers.row_bounds, list_stride, nheads, nheads_k, heads_per_split,
-        parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2),
+        *sums, dk, dv, buffers.entries, buffers.counts, buffers.row_bounds, list_stride, nheads, nheads_k,
+        heads_per_split, parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2),
         parts.n_tiles_q, n_heads, _section(parts) if section is None else section, bounds.right, bounds.left,
         parts.scale, parts.scale * LOG2E, 2.0 * LOG2E * parts.scale / softcap if softcap else 0.0, softcap * LOG2E,
     )  # fmt: skip
@@ -444,8 +444,8 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         "OTHER_REGISTERS": config.other_registers,
         "num_warps": 8,
     }
-    # The diagonal runs through the corners of tiles where row i sees keys up to i. Only there a loop of their own for the
-    # steps that mask is worth it, or (turned loops) knows how many those are.
+    # The diagonal runs through the corners of tiles where row i sees keys up to i. Only there turned loops know how many
+    # steps mask, which get a loop of their own.
     corners = mask == 1 and bounds.right == 0
     if wide:
         assert mode, "at these head dimensions dq has no kernel of its own"

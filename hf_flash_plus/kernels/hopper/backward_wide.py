@@ -6,7 +6,7 @@ powers of two) and V_WIDE of v. Two ways to deal the work to the two warpgroups,
 
 KEYS 128 (q and k 192, v 128): 64 keys each, as at smaller widths. Accumulators of dk (96 registers), dv (64) and dq
 (48) leave little: the next scores are started when dq has been handed over, between the two products for dk; and what
-is kept of the weights is 16 bits wide.
+is kept of the weights is 16 bits wide, two to a register.
 
 KEYS 64 (256): every product's columns are halved, for accumulators of dk and dv of 64 keys are half of all registers.
 Weights and ds cross warpgroups through shared memory, where they are first operands as they lie. dq is handed over in
@@ -55,7 +55,7 @@ from .backward import (
     reduce_add,
 )
 from .backward_turned import DOUT_BARRIER, Q_BARRIER
-from .primitives import opaque, retire
+from .primitives import _pack_asm, opaque, retire
 
 
 @gluon.constexpr_function
@@ -337,8 +337,11 @@ def _here(buffer, stage):
 
 @gluon.jit
 def _ds(ds_smem, it):
-    """Where a tile's ds lies: in the one buffer, or in one of two by turns (KEYS 64: the barrier that says that the weights
-    are there says of the other warpgroup that it has done with the last but one tile's dk)."""
+    """Where a tile's ds lies: in the one buffer, or in one of two by turns.
+
+    With two no barrier is needed before they are written: the one at the weights says of the other warpgroup that it has
+    done with the products of the last tile but one.
+    """
     return _here(ds_smem, it % ds_smem.shape[0])
 
 
@@ -376,6 +379,41 @@ def _start_dq(it, ds_smem, k, COLUMNS: gl.constexpr):
     DQ_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, COLUMNS // 2, 16])
     dq = gl.full([64, COLUMNS], 0.0, gl.float32, DQ_L)
     return warpgroup_mma(_ds(ds_smem, it).permute((1, 0)), _here(k, it), dq, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _packed(x, DTYPE: gl.constexpr):
+    """fp32 as int32 with half as many columns, pairs of DTYPE.
+
+    Single 16-bit values ptxas would keep unpacked, in as many registers as fp32.
+    """
+    even, odd = x.reshape([x.shape[0], x.shape[1] // 2, 2]).split()
+    asm: gl.constexpr = _pack_asm(DTYPE)
+    return gl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _operand(pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The inverse of :func:`_packed` in DTYPE, as the first operand of a matrix product."""
+    even = (pairs & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True)
+    odd = (pairs >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+    return gl.convert_layout(gl.join(even, odd).reshape([pairs.shape[0], 2 * pairs.shape[1]]), LAYOUT)
+
+
+@gluon.constexpr_function
+def _unpack_asm(dtype):
+    if dtype.is_bf16():
+        return "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+    return "{ .reg .b16 even, odd; mov.b32 {even, odd}, $2; cvt.f32.f16 $0, even; cvt.f32.f16 $1, odd; }"
+
+
+@gluon.jit
+def _unpacked(pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The inverse of :func:`_packed` in fp32."""
+    asm: gl.constexpr = _unpack_asm(DTYPE)
+    even, odd = gl.inline_asm_elementwise(asm, "=r,=r,r", [pairs], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)
+    x = gl.join(even, odd).reshape([pairs.shape[0], 2 * pairs.shape[1]])
+    return gl.convert_layout(x, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -454,14 +492,16 @@ def _first_half(
             p = gl.where(visible, p, 0.0)
             if HAS_SOFTCAP:
                 g = gl.where(visible, g, 0.0)
-    weights = p.to(DTYPE)
     if KEYS == 128:  # 16 bits are what there is room for
+        weights = _packed(p, DTYPE)
         if HAS_SOFTCAP:
-            g = g.to(DTYPE)
+            kept = _packed(g, DTYPE)
         else:
-            g = weights
-    elif not HAS_SOFTCAP:
-        g = p
+            kept = weights
+    else:
+        weights = p.to(DTYPE)
+        if not HAS_SOFTCAP:
+            g = p
     if KEYS == 64:
         # Two buffers: the other warpgroup may still be at the last step's dv, but not at the one before.
         p_smem.index(it % 2).store(weights)
@@ -473,7 +513,7 @@ def _first_half(
         dv = warpgroup_mma(p_smem.index(it % 2), _here(dout_smem, dout_stage), dv, is_async=True)
     else:
         P_L: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
-        dv = warpgroup_mma(gl.convert_layout(weights, P_L), _here(dout_smem, dout_stage), dv, is_async=True)
+        dv = warpgroup_mma(_operand(weights, DTYPE, P_L), _here(dout_smem, dout_stage), dv, is_async=True)
     if HELD:
         _hand_over(held, held, 0, dq_smem, more_smem, dq_free, 0)
     if PENDING:
@@ -485,7 +525,8 @@ def _first_half(
     dp = warpgroup_mma_wait(1, deps=[dp_async])
     if KEYS == 128:
         gl.thread_barrier()  # the other warpgroup, too, has done with the last step's dk
-    _ds(ds_smem, it).store((g.to(gl.float32) * dp).to(DTYPE))
+        g = _unpacked(kept, DTYPE, L)
+    _ds(ds_smem, it).store((g * dp).to(DTYPE))
     fence_async_shared()
     gl.thread_barrier()
     if not DV_LATE:
@@ -551,7 +592,8 @@ def _step(
         masked = (_read(entry_smem.index(next_stage)) & ENTRY_MASKED) != 0
     return _first_half(
         it + 1, tile, masked, True, MORE == 0, scores, dk, more, dv, held, first_key, key_start, tiles, rows, parts,
-        bars, numbers, KEYS, BLOCK_M, MORE, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, DP_EARLY, DV_LATE,
+        bars, numbers, KEYS, BLOCK_M, MORE, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, DP_EARLY,
+        DV_LATE,
     )  # fmt: skip
 
 
@@ -664,7 +706,8 @@ def _consumer(
             for it in range(BEFORE * n_heads - 1, total - 1):
                 dk, more, dv = _step(
                     it, 0, False, dk, more, dv, first_key, key_start, tiles, rows, parts, step_bars, numbers, KEYS,
-                    BLOCK_M, WIDE, MORE, Q_STAGES, DOUT_STAGES, MASK_NONE, False, False, HAS_SOFTCAP, TAIL, DP_EARLY, DV_LATE,
+                    BLOCK_M, WIDE, MORE, Q_STAGES, DOUT_STAGES, MASK_NONE, False, False, HAS_SOFTCAP, TAIL, DP_EARLY,
+                    DV_LATE,
                 )  # fmt: skip
         else:
             i = n * 0

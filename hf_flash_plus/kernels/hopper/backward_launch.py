@@ -444,8 +444,8 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         "OTHER_REGISTERS": config.other_registers,
         "num_warps": 8,
     }
-    # The diagonal runs through the corners of tiles where row i sees keys up to i. Only there turned loops know how many
-    # steps mask, which get a loop of their own.
+    # The diagonal runs through the corners of tiles where row i sees keys up to i. Only there turned loops know how
+    # many steps mask; those get a loop of their own.
     corners = mask == 1 and bounds.right == 0
     if wide:
         assert mode, "at these head dimensions dq has no kernel of its own"

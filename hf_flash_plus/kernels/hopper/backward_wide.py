@@ -339,8 +339,8 @@ def _here(buffer, stage):
 def _ds(ds_smem, it):
     """Where a tile's ds lies: in the one buffer, or in one of two by turns.
 
-    With two no barrier is needed before they are written: the one at the weights says of the other warpgroup that it has
-    done with the products of the last tile but one.
+    With two no barrier is needed before they are written: the one at the weights says of the other warpgroup that it
+    has done with the products of the last tile but one.
     """
     return _here(ds_smem, it % ds_smem.shape[0])
 

@@ -23,6 +23,7 @@ class Config(NamedTuple):
         dv_late: its product for dv is waited for when those that follow have been started.
         keys: of a tile. Widths beyond 128 have one kernel, ``backward_wide``, which reads this, ``stages`` of q,
             ``dout_stages``, ``dp_early`` and ``dv_late`` (the last with 64 keys only: with 128 ptxas serialises).
+        narrow_first: with 128 keys, which of its two products for dk is started before the next scores.
     """
 
     block_m: int
@@ -35,6 +36,7 @@ class Config(NamedTuple):
     dp_early: int = 1
     dv_late: bool = False
     keys: int = 128
+    narrow_first: bool = False
 
 
 #: The widths of q and k beyond 128 that calls are served at; the portable kernels serve the others. None yet:

@@ -452,6 +452,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         kind = "wide"
         more = parts.block_d % 128
         options |= {"KEYS": keys_n, "WIDE": parts.block_d - more, "MORE": more, "V_WIDE": parts.v_block_d}
+        options["NARROW_FIRST"] = config.narrow_first
     else:
         kind = "turned" if config.turned else "main"
         options |= {"BLOCK_D": dim, "WITH_DQ": mode == MODES["unordered"]}

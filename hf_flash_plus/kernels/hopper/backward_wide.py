@@ -233,9 +233,10 @@ def _storer(
                 if LISTED:
                     tile = gl.load(entries_ptr + i) & ENTRY_TILE
                 at = (head_tiles + tile) * ROWS
-                for half in gl.static_range(WIDE // 128):
+                # In one turn or two: two halves through one buffer, or both parts.
+                for turn in gl.static_range(2 if MORE == 0 else 1):
                     meet("sync", DQ_BARRIER)
-                    reduce_add(dq_desc, [at + 64 * half, 0], dq_smem)
+                    reduce_add(dq_desc, [at + 64 * turn, 0], dq_smem)
                     if MORE > 0:
                         reduce_add(more_desc, [at + 64, 0], more_smem)
                     tma.store_wait(0)
@@ -287,12 +288,20 @@ def _halves(dq):
 
 
 @gluon.jit
-def _hand_over(dq, more, parity, dq_smem, more_smem, dq_free, MORE: gl.constexpr):
-    """Leave a step's dq, or half of it, in shared memory for the storer, once what lay there is gone."""
+def _hand_over(dq, dq_smem, parity: gl.constexpr, dq_free):
+    """Leave a part of a step's dq in shared memory for the storer, once what was handed over before is gone."""
     mbarrier.wait(dq_free, parity)
     _handed(dq, dq_smem)
-    if MORE > 0:
-        _handed(more, more_smem)
+    fence_async_shared()
+    meet("arrive", DQ_BARRIER)
+
+
+@gluon.jit
+def _hand_over_both(dq, more, parity, dq_smem, more_smem, dq_free):
+    """The same for both parts at once."""
+    mbarrier.wait(dq_free, parity)
+    _handed(dq, dq_smem)
+    _handed(more, more_smem)
     fence_async_shared()
     meet("arrive", DQ_BARRIER)
 
@@ -422,7 +431,6 @@ def _first_half(
     tile,
     masked,
     PENDING: gl.constexpr,
-    HELD: gl.constexpr,
     scores,
     dk,
     more,
@@ -447,19 +455,21 @@ def _first_half(
     TAIL: gl.constexpr,
     DP_EARLY: gl.constexpr,
     DV_LATE: gl.constexpr,
+    NARROW_FIRST: gl.constexpr,
 ):
     """A query tile's weights, dv and ds, beside what is left of the products for dk of the tile before.
 
     Args:
         PENDING: whether there is such a tile before. Of its products for dk one was started after the scores.
-        HELD: the half of dq that is still to be handed over is ``held``.
+        held: what is still to be handed over of the dq of the tile before.
         MASK: MASK_NONE, MASK_LEADING (mask) or MASK_ANY (mask where ``masked`` says so).
         DP_EARLY: dp is started before the weights are made: 0 never, 1 in tiles without masks, 2 always.
         DV_LATE: dv is still being computed at the end.
+        NARROW_FIRST: with MORE, the product for dk's MORE columns is the one started before the scores.
     """
     _, _, _, _, v_smem, dout_smem, ds_smem, p_smem = tiles
     start_smem, _, bounds_smem, _ = rows
-    dq_smem, more_smem, dq_free = parts
+    dq_smem, _, dq_free = parts
     _, dout_full = bars
     right, left, scale2, cap_in, cap_out = numbers
     DTYPE: gl.constexpr = v_smem.dtype
@@ -472,7 +482,10 @@ def _first_half(
         dp_async = _start_dp(it, tiles, rows, dout_full, zeros, DOUT_STAGES)
     LATER: gl.constexpr = (1 if PENDING else 0) + (1 if EARLY else 0)
     if PENDING and MORE > 0:
-        s, dk = warpgroup_mma_wait(LATER, deps=[scores, dk])
+        if NARROW_FIRST:
+            s, more = warpgroup_mma_wait(LATER, deps=[scores, more])
+        else:
+            s, dk = warpgroup_mma_wait(LATER, deps=[scores, dk])
     else:
         s = warpgroup_mma_wait(LATER, deps=[scores])
     if HAS_SOFTCAP:
@@ -514,10 +527,10 @@ def _first_half(
     else:
         P_L: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
         dv = warpgroup_mma(_operand(weights, DTYPE, P_L), _here(dout_smem, dout_stage), dv, is_async=True)
-    if HELD:
-        _hand_over(held, held, 0, dq_smem, more_smem, dq_free, 0)
+    if PENDING and MORE == 0:
+        _hand_over(held, dq_smem, 0, dq_free)
     if PENDING:
-        if MORE > 0:
+        if MORE > 0 and not NARROW_FIRST:
             more = warpgroup_mma_wait(2, deps=[more])
         else:
             dk = warpgroup_mma_wait(2, deps=[dk])
@@ -563,6 +576,7 @@ def _step(
     TAIL: gl.constexpr,
     DP_EARLY: gl.constexpr,
     DV_LATE: gl.constexpr,
+    NARROW_FIRST: gl.constexpr,
 ):
     """What is left of tile number ``it``, and the first half of the next, ``tile``."""
     q_smem, q2_smem, k_smem, k2_smem, _, _, ds_smem, _ = tiles
@@ -577,23 +591,30 @@ def _step(
         meet("arrive", DOUT_BARRIER + it % DOUT_STAGES)
     if MORE > 0:
         dq2_async = _start_dq(it, ds_smem, k2_smem, MORE)
-        dk = warpgroup_mma(_ds(ds_smem, it), q_smem.index(stage), dk, is_async=True)
-        dq, held = warpgroup_mma_wait(1, deps=[dq_async, dq2_async])
-        _hand_over(dq, held, (it & 1) ^ 1, dq_smem, more_smem, dq_free, MORE)
+        if NARROW_FIRST:
+            more = warpgroup_mma(_ds(ds_smem, it), q2_smem.index(stage), more, is_async=True)
+        else:
+            dk = warpgroup_mma(_ds(ds_smem, it), q_smem.index(stage), dk, is_async=True)
+        dq, dq2 = warpgroup_mma_wait(1, deps=[dq_async, dq2_async])
+        _hand_over_both(dq, dq2, (it & 1) ^ 1, dq_smem, more_smem, dq_free)
         scores = _start_scores(it + 1, tiles, rows, q_full, zeros, Q_STAGES, HAS_SOFTCAP, MORE)
-        more = warpgroup_mma(_ds(ds_smem, it), q2_smem.index(stage), more, is_async=True)
+        if NARROW_FIRST:
+            dk = warpgroup_mma(_ds(ds_smem, it), q_smem.index(stage), dk, is_async=True)
+        else:
+            more = warpgroup_mma(_ds(ds_smem, it), q2_smem.index(stage), more, is_async=True)
+        held = 0
     else:
         scores = _start_scores(it + 1, tiles, rows, q_full, zeros, Q_STAGES, HAS_SOFTCAP, MORE)
         dk = warpgroup_mma(_ds(ds_smem, it), q_smem.index(stage), dk, is_async=True)
         dq = warpgroup_mma_wait(2, deps=[dq_async])
         first, held = _halves(dq)
-        _hand_over(first, first, 1, dq_smem, more_smem, dq_free, 0)
+        _hand_over(first, dq_smem, 1, dq_free)
     if LISTED:
         masked = (_read(entry_smem.index(next_stage)) & ENTRY_MASKED) != 0
     return _first_half(
-        it + 1, tile, masked, True, MORE == 0, scores, dk, more, dv, held, first_key, key_start, tiles, rows, parts,
+        it + 1, tile, masked, True, scores, dk, more, dv, held, first_key, key_start, tiles, rows, parts,
         bars, numbers, KEYS, BLOCK_M, MORE, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, DP_EARLY,
-        DV_LATE,
+        DV_LATE, NARROW_FIRST,
     )  # fmt: skip
 
 
@@ -650,6 +671,7 @@ def _consumer(
     TAIL: gl.constexpr,
     DP_EARLY: gl.constexpr,
     DV_LATE: gl.constexpr,
+    NARROW_FIRST: gl.constexpr,
 ):
     """Two warpgroups: dk and dv, of 64 keys each or of half of the columns each, and each step's dq together."""
     q_smem, q2_smem, k_smem, k2_smem, v_smem, _, ds_smem, _ = tiles
@@ -690,9 +712,9 @@ def _consumer(
         elif MASK == MASK_ANY:
             masked = (n_before > 0) | (n_full == 0)
         dk, more, dv = _first_half(
-            0, first_tile, masked, False, False, scores, dk, more, dv, 0, first_key, key_start, tiles, rows, parts,
+            0, first_tile, masked, False, scores, dk, more, dv, 0, first_key, key_start, tiles, rows, parts,
             step_bars, numbers, KEYS, BLOCK_M, MORE, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL,
-            DP_EARLY, DV_LATE,
+            DP_EARLY, DV_LATE, NARROW_FIRST,
         )  # fmt: skip
         if MASK == MASK_LEADING:
             BEFORE: gl.constexpr = KEYS // BLOCK_M
@@ -701,13 +723,13 @@ def _consumer(
                     dk, more, dv = _step(
                         it, first_tile + (it + 1) % BEFORE, True, dk, more, dv, first_key, key_start, tiles, rows,
                         parts, step_bars, numbers, KEYS, BLOCK_M, WIDE, MORE, Q_STAGES, DOUT_STAGES, MASK, False, False,
-                        HAS_SOFTCAP, TAIL, DP_EARLY, DV_LATE,
+                        HAS_SOFTCAP, TAIL, DP_EARLY, DV_LATE, NARROW_FIRST,
                     )  # fmt: skip
             for it in range(BEFORE * n_heads - 1, total - 1):
                 dk, more, dv = _step(
                     it, 0, False, dk, more, dv, first_key, key_start, tiles, rows, parts, step_bars, numbers, KEYS,
                     BLOCK_M, WIDE, MORE, Q_STAGES, DOUT_STAGES, MASK_NONE, False, False, HAS_SOFTCAP, TAIL, DP_EARLY,
-                    DV_LATE,
+                    DV_LATE, NARROW_FIRST,
                 )  # fmt: skip
         else:
             i = n * 0
@@ -721,7 +743,7 @@ def _consumer(
                 dk, more, dv = _step(
                     it, first_tile + i, masked, dk, more, dv, first_key, key_start, tiles, rows, parts, step_bars,
                     numbers, KEYS, BLOCK_M, WIDE, MORE, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP,
-                    TAIL, DP_EARLY, DV_LATE,
+                    TAIL, DP_EARLY, DV_LATE, NARROW_FIRST,
                 )  # fmt: skip
         last = total - 1
         stage = last % Q_STAGES
@@ -734,15 +756,15 @@ def _consumer(
             dk = warpgroup_mma(_ds(ds_smem, last), q_smem.index(stage), dk, is_async=True)
             more = warpgroup_mma(_ds(ds_smem, last), q2_smem.index(stage), more, is_async=True)
             dq, held = warpgroup_mma_wait(2, deps=[dq_async, dq2_async])
-            _hand_over(dq, held, (last & 1) ^ 1, dq_smem, more_smem, dq_free, MORE)
+            _hand_over_both(dq, held, (last & 1) ^ 1, dq_smem, more_smem, dq_free)
             dk, more = warpgroup_mma_wait(0, deps=[dk, more])
         else:
             dk = warpgroup_mma(_ds(ds_smem, last), q_smem.index(stage), dk, is_async=True)
             dq = warpgroup_mma_wait(1, deps=[dq_async])
             first, held = _halves(dq)
-            _hand_over(first, first, 1, dq_smem, more_smem, dq_free, 0)
+            _hand_over(first, dq_smem, 1, dq_free)
             dk = warpgroup_mma_wait(0, deps=[dk])
-            _hand_over(held, held, 0, dq_smem, more_smem, dq_free, 0)
+            _hand_over(held, dq_smem, 0, dq_free)
         meet("arrive", Q_BARRIER + stage)
     gl.thread_barrier()  # the other warpgroup, too, has done with k and v
     n_keys = seqlen_k - first_key
@@ -804,6 +826,7 @@ def attention_backward_wide(
     ROTATE: gl.constexpr,
     DP_EARLY: gl.constexpr,
     DV_LATE: gl.constexpr,
+    NARROW_FIRST: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
     """dk and dv of KEYS keys of one key head, summed over ``heads_per_split`` query heads, and their part of dq.
@@ -914,7 +937,7 @@ def attention_backward_wide(
         [
             (_consumer, (tiles, rows, parts, bars, dkv, work, steps, numbers, HEAD_DIM, V_HEAD_DIM, KEYS, BLOCK_M, WIDE,
                          MORE, V_WIDE, Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL,
-                         DP_EARLY, DV_LATE)),
+                         DP_EARLY, DV_LATE, NARROW_FIRST)),
             (_producer, (descs, blocks, rows, fill_bars, where, pointers, KEYS, BLOCK_M, WIDE, MORE, V_WIDE, Q_STAGES,
                          DOUT_STAGES, ROTATE, LISTED, PHASES)),
             (_storer, (dq_desc, more_desc, dq_smem, more_smem, dq_free, where, entries_ptr, BLOCK_M, WIDE, MORE, ROTATE,

@@ -31,8 +31,8 @@ MODES = {"split": 0, "unordered": 1}
 #: Where rows see few keys, the sums of dq cost more than the two products that "split" computes twice. Up to this many
 #: keys a row, by padded head dimension, a call is "split" also where nobody asked for repeatable gradients.
 #: TFLOP/s of the whole backward on an H100, split / unordered, D128: B32 S512 causal 191 / 176, full 310 / 263;
-#: B4 S4096 causal 474 / 531, full 505 / 580. At 64 columns the border is an estimate from the times at S4096. Wider heads
-#: have no kernel for dq.
+#: B4 S4096 causal 474 / 531, full 505 / 580. At 64 columns the border is an estimate from the times at S4096.
+#: Wider heads have no kernel for dq.
 SPLIT_KEYS = {128: 512, 64: 256}
 
 LOG2E = 1.4426950408889634

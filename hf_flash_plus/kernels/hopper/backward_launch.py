@@ -419,7 +419,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     wide = parts.block_d > 128
     dim, v_dim = (64, 64) if wide else (parts.block_d, parts.v_block_d)  # of a copy
     row_bounds = buffers.row_bounds if buffers.row_bounds is not None else buffers.start  # unused without
-    sums = (None if buffers.dq_sums is None else _sums_descriptor(buffers.dq_sums),)
+    sums: tuple[Any, ...] = (None if buffers.dq_sums is None else _sums_descriptor(buffers.dq_sums),)
     if wide:
         sums = (*sums, _sums_descriptor(buffers.dq_sums, 32) if parts.block_d == 192 else None)
     arguments = (

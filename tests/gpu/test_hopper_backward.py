@@ -76,6 +76,32 @@ CASES += [
     for dim in (64, 128)
 ]
 
+#: Heads beyond 128 columns (``backward_wide``): always by additions to the sums of dq.
+FAR = replace(BASE, head_dim=256, v_head_dim=256)
+MLA = replace(BASE, head_dim=192, v_head_dim=128)
+WIDE_CASES = [replace(base, features=features) for base in (FAR, MLA) for features in FEATURES]
+WIDE_CASES += [
+    replace(base, features=features, dtype=FP16) for base in (FAR, MLA) for features in ((), ("causal",), ("packed",))
+]
+WIDE_CASES += [
+    replace(BASE, features=features, head_dim=dim, v_head_dim=v_dim)
+    for features in (("causal",), ("packed",))
+    for dim, v_dim in ((160, 96), (136, 128), (192, 64), (200, 144), (144, 200), (64, 136), (192, 192))
+]
+WIDE_CASES += [
+    Case(("causal",), batch, seqlen_q, seqlen_k, nheads, nheads_k, *dims, BF16)
+    for seqlen_q, seqlen_k, batch, nheads, nheads_k in (
+        (1, 1, 1, 4, 4),
+        (64, 64, 1, 4, 4),
+        (391, 257, 2, 4, 2),
+        (512, 512, 2, 4, 4),
+        (1023, 1023, 1, 8, 1),
+        (640, 640, 4, 32, 8),
+        (640, 700, 4, 32, 8),
+    )
+    for dims in ((256, 256), (192, 128))
+]
+
 FIRST_CALL = """
 import torch
 from hf_flash_plus.kernels import launch
@@ -83,8 +109,9 @@ from hf_flash_plus.kernels.hopper import backward_launch
 from tests.kernels.cases import Case, build
 mode = {mode!r}
 for features in ((), ("causal",), ("packed",), ("left_window", "softcap")):
-    for dim in (64, 128):
-        built = build(Case(features, 2, 700, 700, 4, 2, dim, dim, torch.bfloat16), "cuda")
+    for dim in (64, 128) if mode == "split" else (64, 128, 192, 256):
+        v_dim = 128 if dim == 192 else dim
+        built = build(Case(features, 2, 700, 700, 4, 2, dim, v_dim, torch.bfloat16), "cuda")
         out, lse = launch.forward(built.inputs)
         backward_launch.backward(built.inputs, out, lse, built.dout, mode=mode)
         torch.cuda.synchronize()
@@ -121,8 +148,18 @@ def _compile(case: Case, mode: str) -> None:
 def compilations() -> list[Compilation]:
     """By what main kernels differ in."""
     work = []
+    for case in WIDE_CASES:
+        dim = backward_config.widths(case.head_dim, case.v_head_dim)[0]
+        structure = (
+            kind_of_mask(case.features),
+            "softcap" in case.features,
+            case.dtype,
+            case.head_dim,
+            case.v_head_dim,
+        )
+        work.append(Compilation((True, dim, *structure), _compile, (case, "unordered")))
     for case in CASES:
-        dim = backward_config.block_d(case.head_dim, case.v_head_dim)
+        dim = backward_config.widths(case.head_dim, case.v_head_dim)[0]
         for mode in MODES:
             structure = (kind_of_mask(case.features), "softcap" in case.features, case.dtype)
             work.append(Compilation((mode == "unordered", dim, *structure), _compile, (case, mode)))
@@ -161,6 +198,11 @@ def started(request: pytest.FixtureRequest, once: Callable[[str, Callable[[], st
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(case: Case, mode: str) -> None:
     check(Hopper(mode), case, "cuda")
+
+
+@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+def test_wide_heads_against_float64(case: Case) -> None:
+    check(Hopper("unordered"), case, "cuda")
 
 
 def _run(case: Case, mode: str) -> list[tuple[torch.Tensor, ...]]:
@@ -232,6 +274,9 @@ def test_reasons() -> None:
     assert backward_launch.backward_reason(inputs) is None
     assert "dropout" in backward_launch.backward_reason(replace(inputs, dropout_p=0.1))
     assert "float32" in backward_launch.backward_reason(build(replace(BASE, dtype=torch.float32), "cuda").inputs)
+    wide = build(replace(BASE, head_dim=256, v_head_dim=256), "cuda").inputs
+    assert backward_launch.backward_reason(wide) is None
+    assert "repeatable" in backward_launch.backward_reason(replace(wide, deterministic=True))
     odd = build(replace(BASE, head_dim=33, v_head_dim=33), "cuda").inputs
     assert "33" in backward_launch.backward_reason(odd)
     unaligned = replace(inputs, query=torch.empty(2, 257, 4, 65, device="cuda", dtype=BF16)[..., 1:])

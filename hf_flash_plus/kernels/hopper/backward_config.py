@@ -16,21 +16,47 @@ class Config(NamedTuple):
         stages: tiles of q and dout in flight.
         rotate: programs start at different query tiles, so that their additions to dq do not collide (no mask).
         other_registers: a thread's in the warps that load and store; those that compute get the rest.
+        keys: of a tile. Widths beyond 128 have a kernel of their own, ``backward_wide``, which reads this, and what
+            follows; ``stages`` are those of q there.
+        dout_stages: those of dout.
+        dp_early: the product for dp is started before the weights are made: 0 never, 1 where nothing masks, 2 always.
+        dv_late: the product for dv is waited for when those that follow have been started (with 64 keys only: with 128
+            ptxas serialises).
+        narrow_first: with 128 keys, which of the two products for dk is started before the next scores.
     """
 
     block_m: int
     stages: int = 2
     rotate: bool = True
     other_registers: int = 24
+    keys: int = 128
+    dout_stages: int = 2
+    dp_early: int = 1
+    dv_late: bool = False
+    narrow_first: bool = False
 
 
-def block_d(head_dim: int, v_head_dim: int) -> int:
-    """The head dimension that the kernel computes with: descriptors fill what is missing with zeros."""
-    return 64 if max(head_dim, v_head_dim) <= 64 else 128
+#: ``backward_wide`` by the width of q and k: 128 keys where those have 192 columns and v 128; 64 where all have 256.
+#: On an H200 4 and 7 times as fast as the portable kernels (hopper.md).
+WIDE = {
+    192: Config(64, 2, keys=128, dout_stages=2, dp_early=0),
+    256: Config(64, 2, keys=64, dout_stages=1, dp_early=1, dv_late=True),
+}
+
+
+def widths(head_dim: int, v_head_dim: int) -> tuple[int, int]:
+    """The head dimensions of q and k, and of v, that the kernels compute with: descriptors fill what is missing with
+    zeros."""
+    widest = max(head_dim, v_head_dim)
+    if widest <= 128:
+        return (64, 64) if widest <= 64 else (128, 128)
+    return (192, 128) if head_dim <= 192 and v_head_dim <= 128 else (256, 256)
 
 
 def select(dim: int, with_dq: bool) -> Config:
-    """The configuration for a padded head dimension, with or without dq (whose buffers take a third stage's memory)."""
+    """The configuration for q's and k's width, with or without dq (whose buffers take a third stage's memory)."""
+    if dim > 128:
+        return WIDE[dim]
     if dim == 64:
         return Config(128)
     return Config(64, stages=2 if with_dq else 3)

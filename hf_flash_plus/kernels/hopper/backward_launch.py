@@ -22,7 +22,6 @@ from .launching import Launch, Plan, descriptor, layout_reason, stride_classes
 
 #: q, dout and the sums of dq of the heads in flight should stay in the L2 cache together.
 L2_BUDGET = 32 * 2**20
-BLOCK_N = 128
 PADDED = 128  # rows are padded to a multiple of this
 NO_BOUND = 2**30
 
@@ -33,6 +32,7 @@ MODES = {"split": 0, "unordered": 1}
 #: keys a row, by padded head dimension, a call is "split" also where nobody asked for repeatable gradients.
 #: TFLOP/s of the whole backward on an H100, split / unordered, D128: B32 S512 causal 191 / 176, full 310 / 263;
 #: B4 S4096 causal 474 / 531, full 505 / 580. At 64 columns the border is an estimate from the times at S4096.
+#: Wider heads have no kernel for dq.
 SPLIT_KEYS = {128: 512, 64: 256}
 
 LOG2E = 1.4426950408889634
@@ -78,16 +78,26 @@ def _device_reason(device: torch.device) -> str | None:
 
 @cache
 def _structure_reason(
-    dtype: torch.dtype, head_dim: int, v_head_dim: int, dropout: bool, alibi: bool, key_mask: bool, bias: bool
-) -> str | None:
+    dtype: torch.dtype, head_dim: int, v_head_dim: int, dropout: bool, alibi: bool, key_mask: bool, bias: bool,
+    repeatable: bool,
+) -> str | None:  # fmt: skip
     if dtype not in (torch.float16, torch.bfloat16):
         return f"computes float16 and bfloat16, not {dtype}"
-    if max(head_dim, v_head_dim) > 128 or head_dim % 8 or v_head_dim % 8:
-        return f"computes head dimensions that are multiples of 8 up to 128, not {head_dim} and {v_head_dim}"
+    dims = f"{head_dim} and {v_head_dim}"
+    if max(head_dim, v_head_dim) > 256 or head_dim % 8 or v_head_dim % 8:
+        return f"computes head dimensions that are multiples of 8 up to 256, not {dims}"
+    width = backward_config.widths(head_dim, v_head_dim)[0]
+    if width > 128 and repeatable:
+        return f"computes repeatable gradients at head dimensions up to 128, not {dims}"
     for present, what in ((dropout, "dropout"), (alibi, "ALiBi"), (key_mask, "a key mask"), (bias, "a dense bias")):
         if present:
             return f"computes no {what}"
     return None
+
+
+def _repeatable(inputs: AttentionInputs) -> bool:
+    """Whether gradients have to be bitwise repeatable."""
+    return inputs.deterministic or torch.are_deterministic_algorithms_enabled() or settings.deterministic()
 
 
 def backward_reason(inputs: AttentionInputs) -> str | None:
@@ -97,7 +107,7 @@ def backward_reason(inputs: AttentionInputs) -> str | None:
     seqlen_k, _, v_head_dim = inputs.value.shape[1:]
     reason = _device_reason(q.device) or _structure_reason(
         q.dtype, head_dim, v_head_dim, inputs.dropout_p > 0.0, inputs.alibi_slopes is not None,
-        mask.key_mask is not None, mask.bias is not None,
+        mask.key_mask is not None, mask.bias is not None, _repeatable(inputs),
     )  # fmt: skip
     if reason:
         return reason
@@ -128,10 +138,10 @@ def _keys_of_a_row(inputs: AttentionInputs) -> int:
 
 def mode_for(inputs: AttentionInputs) -> str:
     """The mode of a call, see :data:`MODES`."""
-    if inputs.deterministic or torch.are_deterministic_algorithms_enabled() or settings.deterministic():
+    if _repeatable(inputs):
         return "split"
-    dim = backward_config.block_d(inputs.query.shape[3], inputs.value.shape[3])
-    return "split" if _keys_of_a_row(inputs) <= SPLIT_KEYS[dim] else "unordered"
+    dim, _ = backward_config.widths(inputs.query.shape[3], inputs.value.shape[3])
+    return "split" if dim in SPLIT_KEYS and _keys_of_a_row(inputs) <= SPLIT_KEYS[dim] else "unordered"
 
 
 class Bounds(NamedTuple):
@@ -192,7 +202,8 @@ class Parts(NamedTuple):
     scale: float
     softcap: float
     config: Config
-    block_d: int
+    block_d: int  # q's and k's width, and that of the sums of dq
+    v_block_d: int
     mode: int
     splits: int
     n_tiles_q: int
@@ -224,17 +235,17 @@ def take_apart(
     _, keys, nheads_k, v_head_dim = v.shape
     if min(rows, keys) <= 0:
         return None
-    dim = backward_config.block_d(q.shape[3], v_head_dim)
+    dim, v_dim = backward_config.widths(q.shape[3], v_head_dim)
     if config is None:
         config = backward_config.select(dim, MODES[mode] > 0)
-    n_tiles_k, splits, group = _cdiv(keys, BLOCK_N), 1, nheads // nheads_k
+    n_tiles_k, splits, group = _cdiv(keys, config.keys), 1, nheads // nheads_k
     # Query heads of a group are dealt to several programs where there would be too few to fill the device.
     n_cores = tiles.device_info(q.device).n_cores
     while splits < group and (group % splits or n_tiles_k * batch * nheads_k * splits < n_cores):
         splits += 1
     return Parts(
         q, k, v, out, dout, lse, (batch, nheads, nheads_k, rows, keys), bounds, mask.row_intervals, window,
-        float(inputs.softmax_scale), float(inputs.softcap), config, dim, MODES[mode], splits,
+        float(inputs.softmax_scale), float(inputs.softcap), config, dim, v_dim, MODES[mode], splits,
         _cdiv(rows, PADDED) * (PADDED // config.block_m), n_tiles_k,
     )  # fmt: skip
 
@@ -279,12 +290,13 @@ _COMPILER = {"num_warps": 4, "enable_fp_fusion": True}
 
 @cache
 def _plan(kind: str, names: tuple[str, ...], values: tuple[Any, ...]) -> Plan:
-    from . import backward, backward_prepare
+    from . import backward, backward_prepare, backward_wide
 
     kernels = {
         "rows": backward_prepare.row_numbers,
         "lists": backward_prepare.query_tile_lists,
         "main": backward.attention_backward,
+        "wide": backward_wide.attention_backward_wide,
         "dq_rows": backward_prepare.dq_rows,
     }
     return Plan(kernels[kind], {**_COMPILER, **dict(zip(names, values))})
@@ -335,7 +347,7 @@ def lists_launch(parts: Parts, buffers: Buffers) -> Launch:
     arguments = (
         buffers.summary, buffers.entries, buffers.counts, parts.sizes[4], parts.n_tiles_q, parts.n_tiles_k,
     )  # fmt: skip
-    options = {"BLOCK_N": BLOCK_N, "BLOCK": 128, "num_warps": 1}
+    options = {"BLOCK_N": parts.config.keys, "BLOCK": 128, "num_warps": 1}
     n_programs = parts.intervals.shape[0] * parts.n_tiles_k
     return _launch("lists", n_programs, arguments, options, (parts.q.device.index,))
 
@@ -361,9 +373,9 @@ def _row_descriptor(tensor: Tensor, block: int) -> Any:
     return descriptor(tensor.view(-1), [block], _layouts()[1])
 
 
-def _sums_descriptor(sums: Tensor) -> Any:
-    """The sums of dq for additions of whole tiles, which are 32 KiB each."""
-    return descriptor(sums.view(-1, 128), [64, 128], _layouts()[2])
+def _sums_descriptor(sums: Tensor, rows: int = 64) -> Any:
+    """The sums of dq for additions of whole tiles, which are 32 KiB each, or of smaller pieces."""
+    return descriptor(sums.view(-1, 128), [rows, 128], _layouts()[2])
 
 
 def _section(parts: Parts) -> int:
@@ -400,15 +412,19 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         mask = int(masked)
     list_stride = 0 if parts.intervals is None or parts.intervals.shape[0] == 1 else parts.n_tiles_k
     softcap = parts.softcap
-    block_m, dim = config.block_m, parts.block_d
+    block_m, keys_n = config.block_m, config.keys
+    wide = parts.block_d > 128
+    dim, v_dim = (64, 64) if wide else (parts.block_d, parts.v_block_d)  # of a copy
     row_bounds = buffers.row_bounds if buffers.row_bounds is not None else buffers.start  # unused without
+    sums: tuple[Any, ...] = (None if buffers.dq_sums is None else _sums_descriptor(buffers.dq_sums),)
+    if wide:
+        sums = (*sums, _sums_descriptor(buffers.dq_sums, 32) if parts.block_d == 192 else None)
     arguments = (
-        _descriptor(parts.q, block_m, dim), _descriptor(parts.k, BLOCK_N, dim), _descriptor(parts.v, BLOCK_N, dim),
-        _descriptor(parts.dout, block_m, dim), _row_descriptor(buffers.start, block_m),
+        _descriptor(parts.q, block_m, dim), _descriptor(parts.k, keys_n, dim), _descriptor(parts.v, keys_n, v_dim),
+        _descriptor(parts.dout, block_m, v_dim), _row_descriptor(buffers.start, block_m),
         _row_descriptor(buffers.minus_delta, block_m), _row_descriptor(row_bounds, block_m),
-        None if buffers.dq_sums is None else _sums_descriptor(buffers.dq_sums), dk, dv, buffers.entries,
-        buffers.counts, buffers.row_bounds, list_stride, nheads, nheads_k, heads_per_split,
-        parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2),
+        *sums, dk, dv, buffers.entries, buffers.counts, buffers.row_bounds, list_stride, nheads, nheads_k,
+        heads_per_split, parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2),
         parts.n_tiles_q, n_heads, _section(parts) if section is None else section, bounds.right, bounds.left,
         parts.scale, parts.scale * LOG2E, 2.0 * LOG2E * parts.scale / softcap if softcap else 0.0, softcap * LOG2E,
     )  # fmt: skip
@@ -416,24 +432,33 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         "HEAD_DIM": parts.q.shape[3],
         "V_HEAD_DIM": parts.v.shape[3],
         "BLOCK_M": block_m,
-        "BLOCK_D": dim,
-        "STAGES": config.stages,
-        "MASK": mask,
         "HAS_LEFT": bounds.has_left,
         "HAS_RIGHT": bounds.has_right,
         "LISTED": listed,
         "GROUPED": grouped,
         "HAS_SOFTCAP": softcap > 0.0,
-        "TAIL": keys % BLOCK_N != 0,
+        "TAIL": keys % config.keys != 0,
         "ROTATE": config.rotate and mask == 0 and mode == MODES["unordered"],
-        "WITH_DQ": mode == MODES["unordered"],
-        # The diagonal runs through the corners of tiles where row i sees keys up to i.
-        "ALIGNED": mask == 1 and bounds.right == 0,
         "OTHER_REGISTERS": config.other_registers,
         "num_warps": 8,
     }
+    # The diagonal runs through the corners of tiles where row i sees keys up to i. Only there it is known how many
+    # steps mask; those get a loop of their own.
+    corners = mask == 1 and bounds.right == 0
+    if wide:
+        assert mode, "at these head dimensions dq has no kernel of its own"
+        kind = "wide"
+        more = parts.block_d % 128
+        options |= {"KEYS": keys_n, "WIDE": parts.block_d - more, "MORE": more, "V_WIDE": parts.v_block_d}
+        options |= {"NARROW_FIRST": config.narrow_first, "Q_STAGES": config.stages, "DOUT_STAGES": config.dout_stages}
+        options |= {"DP_EARLY": config.dp_early, "DV_LATE": config.dv_late}
+        options |= {"MASK": 2 if mask == 1 and not corners else mask}
+    else:
+        kind = "main"
+        options |= {"BLOCK_D": dim, "WITH_DQ": mode == MODES["unordered"]}
+        options |= {"STAGES": config.stages, "MASK": mask, "ALIGNED": corners}
     key = (parts.q.device.index, parts.q.dtype, dk.dtype)
-    return _launch("main", parts.n_tiles_k * n_heads, arguments, options, key)
+    return _launch(kind, parts.n_tiles_k * n_heads, arguments, options, key)
 
 
 def dq_rows_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:

@@ -100,8 +100,11 @@ def row_numbers(
     tl.store(start_ptr + at, tl.where(seen, lse * factor, float("-inf")))
     tile_at = batch_head * n_tiles_q + tile
     if ZERO_DQ:
-        numbers = local_rows[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-        tl.store(dq_ptr + tile_at * (BLOCK_M * BLOCK_D) + numbers, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
+        # 192 columns: in pieces, for shapes are powers of two.
+        PIECE: tl.constexpr = 64 if BLOCK_D == 192 else BLOCK_D
+        for piece in tl.static_range(BLOCK_D // PIECE):
+            numbers = (piece * BLOCK_M + local_rows)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
+            tl.store(dq_ptr + tile_at * (BLOCK_M * BLOCK_D) + numbers, tl.zeros([BLOCK_M, PIECE], tl.float32))
     if HAS_INTERVALS:  # noqa: SIM102  (one condition is known at compile time, the other is not)
         if (head == 0) & (batch < n_lists):
             first, last, full_first, full_last = tile_bounds(
@@ -194,9 +197,13 @@ def dq_rows(
     # Register, quarter of a warp, row in it, ...: see backward._hand_over.
     x = tl.reshape(x, (8, 4, 8, 4, 2, 2))
     x = tl.reshape(tl.permute(x, (1, 4, 2, 0, 3, 5)), (64, 64)) * scale
-    # One part beside the other where rows have 128 columns, else one below the other.
+    # One part beside the other where rows have more than 64 columns, else one below the other. Of 256 columns the
+    # halves of each warpgroup's 128 come one after the other (backward_wide).
     local_row = part // (BLOCK_D // 64) * 64 + tl.arange(0, 64)
-    columns = part % (BLOCK_D // 64) * 64 + tl.arange(0, 64)
+    at_column = part % (BLOCK_D // 64)
+    if BLOCK_D == 256:
+        at_column = at_column % 2 * 2 + at_column // 2
+    columns = at_column * 64 + tl.arange(0, 64)
     if HAS_INTERVALS:
         start = tl.load(start_ptr + tile_at * BLOCK_M + local_row)
         x = tl.where((start == float("-inf"))[:, None], 0.0, x)

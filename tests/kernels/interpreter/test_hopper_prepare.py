@@ -27,6 +27,13 @@ CASES = [
     replace(BASE, features=("left_padding",), head_dim=96, v_head_dim=128),
     replace(BASE, features=("one_interval", "causal"), nheads=4, nheads_k=2),
     replace(BASE, features=("nothing",)),
+    *(
+        replace(BASE, features=features, head_dim=dim, v_head_dim=v_dim)
+        for features in (("causal",), ("packed", "softcap"))
+        for dim, v_dim in ((192, 128), (256, 256))
+    ),
+    replace(BASE, features=("left_padding",), head_dim=160, v_head_dim=96),
+    replace(BASE, features=("window",), head_dim=144, v_head_dim=200),
 ]
 
 
@@ -40,10 +47,24 @@ def _rows(tensor: torch.Tensor, batch: int, head: int, first: int, count: int, d
     return torch.nn.functional.pad(rows, (0, dim - rows.shape[1], 0, count - rows.shape[0]))
 
 
+def _handed_over(dq: torch.Tensor) -> torch.Tensor:
+    """The numbers of a tile of dq in the order in which they lie in the sums."""
+    dim = dq.shape[1]
+    if dim <= 128:
+        shape = (1, 64, dim // 64, 64) if dim == 128 else (2, 64, 1, 64)
+        halves = dq.reshape(shape).transpose(1, 2).reshape(2, 64, 64)
+        return halves.reshape(2, 4, 2, 8, 8, 4, 2).permute(0, 4, 1, 3, 5, 2, 6).reshape(-1)
+    if dim == 192:
+        pieces = [dq[:, :128], dq[:, 128:]]
+    else:  # halves of what each of two warpgroups has
+        pieces = list(dq.reshape(64, 2, 2, 64).unbind(2))
+    return torch.cat([x.reshape(4, 2, 8, 2, -1, 4, 2).permute(3, 4, 0, 2, 5, 1, 6).reshape(-1) for x in pieces])
+
+
 def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: torch.Tensor, dv: torch.Tensor) -> None:
-    """``backward.attention_backward`` in PyTorch."""
+    """``backward.attention_backward`` and ``backward_wide.attention_backward_wide`` in PyTorch."""
     batch, nheads, nheads_k, _, keys = parts.sizes
-    block_m, block_n, dim, bounds = parts.config.block_m, backward_launch.BLOCK_N, parts.block_d, parts.bounds
+    block_m, block_n, dim, bounds = parts.config.block_m, parts.config.keys, parts.block_d, parts.bounds
     group = nheads // nheads_k // parts.splits
     n_heads = parts.splits * batch * nheads_k
     listed, softcap = parts.intervals is not None, parts.softcap
@@ -60,7 +81,8 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
         if listed:
             which = b if buffers.counts.shape[0] > 1 else 0
             n = int(buffers.counts[which, tile_n])
-        k, v = (_rows(x, b, k_head, first_key, block_n, dim) for x in (parts.k, parts.v))
+        k = _rows(parts.k, b, k_head, first_key, block_n, dim)
+        v = _rows(parts.v, b, k_head, first_key, block_n, parts.v_block_d)
         if listed:
             k, v = _finite(k), _finite(v)
         dk_sum, dv_sum = torch.zeros_like(k), torch.zeros_like(v)
@@ -72,7 +94,8 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
                     entry = int(buffers.entries[which, tile_n, i])
                     tile, masked, dirty = entry & ((1 << 29) - 1), bool(entry >> 29 & 1), bool(entry >> 30 & 1)
                 row = tile * block_m + torch.arange(block_m)[None, :]
-                q, dout = (_rows(x, b, head, tile * block_m, block_m, dim) for x in (parts.q, parts.dout))
+                q = _rows(parts.q, b, head, tile * block_m, block_m, dim)
+                dout = _rows(parts.dout, b, head, tile * block_m, block_m, parts.v_block_d)
                 visible = torch.ones(block_n, block_m, dtype=torch.bool)
                 if listed:
                     start, end = buffers.row_bounds[which][:, row[0]]
@@ -97,10 +120,7 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
                 ds = p * derivative * (v @ dout.mT + buffers.minus_delta.view(-1, block_m)[at])
                 dk_sum += ds @ q
                 dv_sum += p @ dout
-                dq = ds.mT @ k
-                shape = (1, 64, dim // 64, 64) if dim == 128 else (2, 64, 1, 64)
-                halves = dq.reshape(shape).transpose(1, 2).reshape(2, 64, 64)
-                sums[at] += halves.reshape(2, 4, 2, 8, 8, 4, 2).permute(0, 4, 1, 3, 5, 2, 6).reshape(-1)
+                sums[at] += _handed_over(ds.mT @ k)
         inside = min(block_n, keys - first_key)
         dk[split, b, first_key : first_key + inside, k_head] = (dk_sum * parts.scale)[:inside, : dk.shape[4]].to(
             dk.dtype

@@ -156,6 +156,8 @@ def test_measured_ways_come_first(monkeypatch) -> None:
     q, k = torch.empty(1, 1, 32, 128, dtype=torch.bfloat16), torch.empty(1, 2048, 8, 128, dtype=torch.bfloat16)
     structure = launch.prepare(AttentionInputs(q, k, k, 0.1, AttentionMask()))[1]
     structure = structure._replace(device=tiles.DeviceInfo("sm90", 132))
+    monkeypatch.setattr(decode_launch, "_SM90_WAYS", {})
+    decode_launch._way.cache_clear()
     rule = decode_launch._way(structure, 16, 8, 1, decode_launch.WHOLE)
     assert (rule.prefetch, rule.least_keys, rule.per_core) == (0, 64, 1)
     table = {

@@ -81,6 +81,8 @@ class Shape:
     padded: bool = False
     documents: int = 1
     new_tokens: int = 4
+    #: Compared with eager whatever the step's number: what was generated is then longer than any batch for training.
+    checked: bool = False
 
 
 def classes(args: SoakArguments) -> list[tuple[str, Shape]]:
@@ -98,6 +100,9 @@ def classes(args: SoakArguments) -> list[tuple[str, Shape]]:
             for task in ("train llama, padded", "train bert"):
                 found += [(task, Shape(rows, length, padded)) for padded in (False, True)]
         found += [("train llama, packed", Shape(1, length, documents=n)) for n in sorted({1, 2, min(5, length)})]
+    longest = {"length": args.max_length, "new_tokens": args.max_new_tokens, "checked": True}
+    for rows in sorted({1, args.max_batch}):
+        found += [("generate", Shape(rows, padded=padded, **longest)) for padded in (False, True)]
     return found
 
 
@@ -245,7 +250,8 @@ class Soak:
         while time.monotonic() < deadline and not 0 < args.max_steps <= sum(self.done.values()):
             step = sum(self.done.values())
             task, shape = first[step] if step < len(first) else (self.chance.choice(TASKS), None)
-            self.step(task, step % args.check_every == args.check_every - 1, shape)
+            checked = shape is not None and shape.checked
+            self.step(task, checked or step % args.check_every == args.check_every - 1, shape)
             self.done[task] += 1
             if not self.warm and step >= len(first) and time.monotonic() - begin > 60 * args.minutes * args.warmup:
                 self.warm = True

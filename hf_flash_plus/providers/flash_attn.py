@@ -193,6 +193,9 @@ class FlashAttnProvider(Provider):
                 reasons.append("flash-attn 4 computes no gradient of the sinks")
             if signature.softcap:
                 reasons.append("flash-attn 4 computes no gradients with softcap")
+            if signature.nheads != signature.nheads_k and signature.head_dim != signature.v_head_dim:
+                dims = f"{signature.head_dim} and {signature.v_head_dim}"
+                reasons.append(f"flash-attn 4 computes no gradients of grouped heads with head dimensions {dims}")
         return reasons
 
     def forward(self, inputs: AttentionInputs) -> AttentionOutput:

@@ -6,6 +6,7 @@ built once for each mask and remembered with it.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -120,14 +121,35 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) 
     q, k, v = (_aligned(tensor) for tensor in (q, k, v))
     size = _batch_at_a_time(q)
     if q.shape[0] <= size:
-        return _one_layout(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
+        return _one_layout(_without_cudnn(q, k, v, mask, **options))
     parts = []
     for begin in range(0, q.shape[0], size):
         part = slice(begin, begin + size)
         seen = mask if mask is None or mask.shape[0] == 1 else mask[part]
-        out = F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=seen, **options)
+        out = _without_cudnn(q[part], k[part], v[part], seen, **options)
         parts.append(_one_layout(out).transpose(1, 2))
     return torch.cat(parts).transpose(1, 2)  # rows before heads, as each part has it
+
+
+#: Which backends torch may use is a setting of the process: calls of several threads take turns at changing it.
+_SETTING = threading.Lock()
+
+
+def _without_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    """SDPA, whose cuDNN backend is not asked where there is a mask; the memory-efficient one serves.
+
+    In torch 2.11 cuDNN's gradients can be NaN then (pytorch issue 196678: lengths that leave 64 of 128), and random
+    calls in bf16 with a mask and head dimensions of 96 and 40 ended in a segmentation fault inside SDPA on an H200.
+    """
+    if mask is None or q.device.type not in CUDNN or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    with _SETTING:
+        before = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        try:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -77,6 +77,9 @@ def test_every_class_comes_before_chance() -> None:
         assert {
             (r, n, p) for r in (1, 3) for n in (2, 16, 17, 128, 129, 256, 257, 300) for p in (True, False)
         } <= shapes
+    longest = [shape for name, shape in found if name == "generate" and shape.checked]
+    assert {(s.rows, s.padded) for s in longest} == {(r, p) for r in (1, 3) for p in (True, False)}
+    assert {(s.length, s.new_tokens) for s in longest} == {(300, args.max_new_tokens)}, "trained longer than any batch"
     for task, shape in found:
         batch = run.batch(task, shape)
         assert tuple(batch["input_ids"].shape) == (shape.rows, shape.length) and shape.length <= 300

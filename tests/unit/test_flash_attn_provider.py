@@ -83,6 +83,20 @@ def test_packed_sequences_are_a_grid_dimension_of_the_oldest_only(
     assert served == (not reasons) and all("packed sequences, these are 65536" in reason for reason in reasons)
 
 
+@pytest.mark.parametrize(
+    "heads_k, v_dim, gradients, served",
+    [(2, 8, True, False), (4, 8, True, True), (2, 16, True, True), (2, 8, False, True)],
+    ids=("declined", "no groups", "one head dimension", "no gradients"),
+)
+def test_flash_attn_4_has_no_gradients_of_groups_with_two_head_dimensions(
+    heads_k: int, v_dim: int, gradients: bool, served: bool, calls: list[tuple[Any, ...]]
+) -> None:
+    q, k, v = torch.zeros(1, 3, 4, 16), torch.zeros(1, 3, heads_k, 16), torch.zeros(1, 3, heads_k, v_dim)
+    signature = AttentionInputs(q.requires_grad_(gradients), k, v, 0.3, AttentionMask()).signature()
+    reasons = PROVIDERS["flash_attn"].extra_reasons(signature)
+    assert served == (not reasons) and all("grouped heads with head dimensions 16 and 8" in why for why in reasons)
+
+
 class _Stop(Exception):
     pass
 

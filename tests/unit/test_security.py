@@ -22,8 +22,9 @@ UNPICKLING = {"pickle", "cPickle", "marshal", "shelve", "dill", "joblib", "cloud
 SHELLS = {"system", "popen", "spawnl", "spawnlp", "spawnv", "execv", "execvp", "getoutput", "getstatusoutput"}
 
 
-#: Who starts programs, from lists of arguments: git and nvidia-smi; the example scripts, side by side.
-STARTERS = ("hf_flash_plus/bench/environment.py", "examples/common/jobs.py")
+#: Who starts programs, from lists of arguments: git and nvidia-smi; Triton's disassembler; the example scripts, side by
+#: side.
+STARTERS = ("hf_flash_plus/bench/environment.py", "hf_flash_plus/kernels/machine_code.py", "examples/common/jobs.py")
 
 
 def trees() -> Iterator[tuple[str, ast.Module]]:

@@ -247,3 +247,27 @@ def test_what_lies_well_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch_sdpa._aligned(tensor) is tensor
     one = torch.randn(2, 5, 1, 64).to(torch.bfloat16).as_strided((2, 1, 5, 64), (320, 1, 64, 1))
     assert torch_sdpa._aligned(one).data_ptr() == one.data_ptr()
+
+
+def test_cudnn_is_not_asked_where_there_is_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And may be asked afterwards as before, also when the call fails."""
+    seen: list[tuple[bool, bool]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
+        seen.append((options["attn_mask"] is not None, torch.backends.cuda.cudnn_sdp_enabled()))
+        if options["attn_mask"] is not None and options["attn_mask"].shape[-1] == 7:
+            raise RuntimeError("no kernel")
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch_sdpa, "CUDNN", frozenset({"cpu"}))
+    monkeypatch.setattr(torch_sdpa.F, "scaled_dot_product_attention", watched)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    q, k, seven = torch.randn(1, 5, 2, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 7, 2, 8)
+    with use_provider("torch_sdpa"):
+        hfp.attention(q, k, k, AttentionMask())
+        hfp.attention(q, k, k, AttentionMask(causal=True))
+        with pytest.raises(RuntimeError, match="no kernel"):
+            hfp.attention(q, seven, seven, AttentionMask(causal=True))
+    assert seen == [(False, before), (True, False), (True, False)]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before

@@ -249,25 +249,39 @@ def test_what_lies_well_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch_sdpa._aligned(one).data_ptr() == one.data_ptr()
 
 
-def test_cudnn_is_not_asked_where_there_is_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "keys, v_dim, causal, gradients, asked",
+    [
+        (192, 8, True, True, False),
+        (192, 8, False, True, True),  # no mask
+        (192, 8, True, False, True),
+        (191, 8, True, True, True),
+        (128, 8, True, True, True),
+        (6, 16, True, False, False),
+        (6, 16, False, True, True),
+    ],
+)
+def test_where_cudnn_is_not_asked(
+    keys: int, v_dim: int, causal: bool, gradients: bool, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And may be asked afterwards as before, also when the call fails."""
-    seen: list[tuple[bool, bool]] = []
+    seen: list[bool] = []
     real = torch.nn.functional.scaled_dot_product_attention
 
     def watched(*args: Any, **options: Any) -> torch.Tensor:
-        seen.append((options["attn_mask"] is not None, torch.backends.cuda.cudnn_sdp_enabled()))
-        if options["attn_mask"] is not None and options["attn_mask"].shape[-1] == 7:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        if len(seen) > 1:
             raise RuntimeError("no kernel")
         return real(*args, **options)
 
     monkeypatch.setattr(torch_sdpa, "CUDNN", frozenset({"cpu"}))
     monkeypatch.setattr(torch_sdpa.F, "scaled_dot_product_attention", watched)
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    q, k, seven = torch.randn(1, 5, 2, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 7, 2, 8)
+    q, k = (torch.randn(1, n, 2, 8, requires_grad=gradients) for n in (5, keys))
+    v = torch.randn(1, keys, 2, v_dim)
     with use_provider("torch_sdpa"):
-        hfp.attention(q, k, k, AttentionMask())
-        hfp.attention(q, k, k, AttentionMask(causal=True))
+        hfp.attention(q, k, v, AttentionMask(causal=causal))
         with pytest.raises(RuntimeError, match="no kernel"):
-            hfp.attention(q, seven, seven, AttentionMask(causal=True))
-    assert seen == [(False, before), (True, False), (True, False)]
+            hfp.attention(q, k, v, AttentionMask(causal=causal))
+    assert seen == [asked and before] * 2
     assert torch.backends.cuda.cudnn_sdp_enabled() == before

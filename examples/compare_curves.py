@@ -109,7 +109,8 @@ def draw(path: Path, cases: dict[str, dict]) -> None:
 
     columns = min(2, len(cases))
     rows = -(-len(cases) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(7 * columns, 4.2 * rows), squeeze=False)
+    size = (7 * columns, 4.2 * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, (title, case) in zip(axes.flat, cases.items()):
         for name, seeds in case["curves"].items():
             lines = np.stack([_smooth(losses) for losses in seeds.values()])

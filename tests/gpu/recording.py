@@ -125,6 +125,7 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             files.setdefault(name, Counter()).update(counts)
         skips.update(record["skips"])
         failures |= record["failures"]
+    crashed = {name: code for record in records for name, code in record.get("crashed_calls", {}).items()}
     first = records[0]
     sanitizer = [record["sanitizer"] for record in records if "sanitizer" in record]
     # 5: no tests were collected, as where nothing needs the GPU alone.
@@ -141,8 +142,21 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "failures": failures,
         "skips": dict(skips.most_common()),
         "random_calls": [row for record in records for row in record["random_calls"]],
+        **({"crashed_calls": crashed} if crashed else {}),
         **({"sanitizer": sanitizer[-1]} if sanitizer else {}),
     }
+
+
+def with_crashed(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A record with the random calls at which processes crashed: the files that their tests left in ``folder``.
+
+    A run that is cut off leaves calls that did nothing wrong; only those of tests that are on record as crashed count.
+    """
+    crashed = {}
+    for file in sorted(folder.glob("*.py")):
+        tests = [name for name, what in record["failures"].items() if f"[{file.stem}]" in name and "crashed" in what]
+        crashed |= dict.fromkeys(tests, file.read_text(encoding="utf-8"))
+    return {**record, "crashed_calls": crashed} if crashed else record
 
 
 def outcome_of(report: pytest.TestReport) -> str | None:

@@ -104,9 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, command in pytest_parts(args.workers, args.pytest).items():
             if name in chosen:
                 path = Path(folder, f"{name}.json")
+                calls = Path(folder, f"{name}-calls")
+                calls.mkdir()
+                os.environ["HF_FLASH_PLUS_FUZZ_CALLS"] = str(calls)
                 codes.append(run([*command, "--record-file", str(path)], end - time.monotonic()))
                 if path.exists():
-                    records.append(json.loads(path.read_text()))
+                    records.append(recording.with_crashed(json.loads(path.read_text()), calls))
                     save(args.output, records, sanitizer)
         if "sanitizer" in chosen:
             path = Path(folder, "sanitizer.json")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,9 @@ LIMITS = Limits(
 )
 PARTS = int(os.environ.get("HF_FLASH_PLUS_FUZZ_PARTS", "1"))
 
+#: A folder for the call that each test is at: where a process crashes, its file stays.
+CALLS = os.environ.get("HF_FLASH_PLUS_FUZZ_CALLS", "")
+
 #: One example in so many. FlagGems compiles anew for every head count, batch, window and scale: seconds for an example.
 #: flash-attn 4 compiles every structure in every process.
 RARE = {"flaggems": 100, "flash_attn": 20}
@@ -57,12 +61,15 @@ def test_random_calls(provider: str, kind: str, part: int, record_property: Call
     if reason:
         pytest.skip(reason)
     served: list[int] = []
+    current = Path(CALLS, f"{provider}-{kind}-{part}.py") if CALLS else None
     limits = LIMITS if provider in RARE else replace(LIMITS, part=part, parts=PARTS)
 
     @seed(SEED + part)
     @fuzzing(25, RARE.get(provider, PARTS))
     @given(call=KINDS[kind](limits))
     def run(call: Call) -> None:
+        if current is not None:
+            current.write_text(call.code(provider, "cuda"), encoding="utf-8")
         served.append(check(call, (provider,), "cuda"))
 
     passed, failure = False, {}
@@ -73,6 +80,8 @@ def test_random_calls(provider: str, kind: str, part: int, record_property: Call
         failure = {"failure": "\n\n".join(str(one)[-4000:] for one in _all_of(problem))}
         raise
     finally:
+        if current is not None:
+            current.unlink(missing_ok=True)
         found = {"provider": provider, "kind": kind, "seed": SEED, "part": part,
                  "calls": len(served), "served": sum(served), "passed": passed, **failure}  # fmt: skip
         record_property("random_calls", found)

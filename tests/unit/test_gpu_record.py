@@ -140,6 +140,17 @@ def test_merging() -> None:
     assert not cut["complete"] and cut["exit_status"] is None
 
 
+def test_the_call_at_which_a_process_crashed_is_kept(tmp_path: Path) -> None:
+    """Not those of tests that were cut off, nor of tests that failed: hypothesis prints theirs."""
+    names = {name: f"tests/gpu/test_fuzz.py::test_random_calls[torch_sdpa-masked-{name}]" for name in (1, 2, 3)}
+    failures = {names[1]: "worker 'gw10' crashed while running it", names[2]: "AssertionError: out differs"}
+    for number in names:
+        (tmp_path / f"torch_sdpa-masked-{number}.py").write_text(f"call {number}")
+    record = recording.with_crashed({"failures": failures}, tmp_path)
+    assert record["crashed_calls"] == {names[1]: "call 1"}
+    assert "crashed_calls" not in recording.with_crashed({"failures": {}}, tmp_path)
+
+
 def test_the_suite_leaves_no_test_out() -> None:
     """Random calls are a part of their own; every other test is marked exclusive or is not."""
     parts = suite.pytest_parts(3, [])

@@ -14,7 +14,10 @@ from typing import Any
 FULL, TAIL, CAUSAL, WINDOW, INTERVALS = range(5)
 
 #: Numbers in the description of a tile of row intervals (see ``schedule``), and how many tiles are described at a time.
-CARD, RING = 16, 8
+CARD, RING = 16, 16
+
+#: Numbers of an entry in the list of the tiles that row intervals leave (see ``intervals.list_tiles``), and before it.
+ENTRY = 4
 
 #: Causal calls of up to this many keys spend so much of their time between tiles that other tiles and buffers pay.
 SHORT_CAUSAL = 1024
@@ -37,6 +40,7 @@ class Config:
         out_step: O lies in Q's memory; the distance of two warpgroups' O in units of O.
         turns: two warpgroups start their matrix products in turn.
         mode: FULL, TAIL, CAUSAL, WINDOW or INTERVALS.
+        claim_early: the number of a tile is asked for two tiles ahead instead of one.
         softcap, sinks: the call has them.
         consumer_registers, other_registers: per thread of the warps that compute and of the others.
     """
@@ -54,6 +58,7 @@ class Config:
     out_step: int
     turns: bool
     mode: int
+    claim_early: bool
     softcap: bool
     sinks: bool
     consumer_registers: int
@@ -117,4 +122,4 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
         shape = two | {
             "block_n": 64, "chunks": 1, "chunk_dim": 256, "q_buffers": 1, "k_stages": 3, "v_stages": 2,
         }  # fmt: skip
-    return Config(v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, **shape)
+    return Config(v_dim=dims[1], mode=mode, claim_early=False, softcap=softcap, sinks=sinks, **shape)

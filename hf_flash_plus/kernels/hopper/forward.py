@@ -42,16 +42,17 @@ from .primitives import (
     tanh,
     tanh_approx,
     unpack,
+    wait_for_launch_before,
     write_zeros,
 )
 from .schedule import (
     CARD,
     CAUSAL,
+    ENTRY,
     FULL,
     GAPS,
     INTERVALS,
     LAST,
-    N_BLOCKS,
     RING,
     SOME_EMPTY,
     WINDOW,
@@ -60,14 +61,16 @@ from .schedule import (
     hide,
     hide_outside,
     leading_hidden,
+    n_published,
     n_row_tiles,
     needs_hiding,
     publish,
     read,
     row_bounds,
+    seat,
     take_card,
+    tile_list,
     window_bounds,
-    write,
 )
 
 #: The copies through tensor descriptors, under the names that Triton 3.6 and later versions give them.
@@ -135,60 +138,85 @@ def _await_card(sm, t, C: gl.constexpr):
 
 
 @gluon.jit
-def _write_nothing(tile, p, C: gl.constexpr):
+def _write_nothing(first_row, batch, head, p, C: gl.constexpr):
     """O and log-sum-exp of a tile whose rows see no keys, written by one warp."""
     BLOCK_M: gl.constexpr = C.consumers * 64
     PIECES: gl.constexpr = C.v_dim // 8  # of a row, 16 bytes each
+    ROWS: gl.constexpr = 32 // PIECES  # at a time
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    piece = gl.arange(0, 8 * PIECES, flat)
+    piece = gl.arange(0, 32, flat)
     column = piece % PIECES * 8
-    for part in range(BLOCK_M // 8):
-        row = tile.first_row + part * 8 + piece // PIECES
-        at = ((tile.batch.to(gl.int64) * p.seqlen_q + row) * p.nheads + tile.head) * p.v_head_dim + column
-        write_zeros(p.out_ptr + at, (row < p.seqlen_q) & (column < p.v_head_dim))
+    row = first_row + piece // PIECES
+    at = ((batch.to(gl.int64) * p.seqlen_q + row) * p.nheads + head) * p.v_head_dim + column
+    step = (p.nheads * p.v_head_dim).to(gl.int64) * ROWS
+    end = gl.where(column < p.v_head_dim, p.seqlen_q, 0)
+    for _ in range(BLOCK_M // ROWS // 8):
+        for _ in gl.static_range(8):
+            write_zeros(p.out_ptr + at, row < end)
+            at += step
+            row += ROWS
     value = float("-inf")
     if C.sinks:
-        value = gl.load(p.sinks_ptr + tile.head * p.sinks_stride).to(gl.float32)
-    base = p.lse_ptr + (tile.batch * p.nheads + tile.head).to(gl.int64) * p.seqlen_q
+        value = gl.load(p.sinks_ptr + head * p.sinks_stride).to(gl.float32)
+    base = p.lse_ptr + (batch * p.nheads + head).to(gl.int64) * p.seqlen_q
     for part in range(BLOCK_M // 32):
-        row = tile.first_row + part * 32 + gl.arange(0, 32, flat)
+        row = first_row + part * 32 + gl.arange(0, 32, flat)
         gl.store(base + row, gl.full([32], value, gl.float32, flat), mask=row < p.seqlen_q)
 
 
 @gluon.jit
-def _claim_and_load_k(k_desc, counter_ptr, sm, p, C: gl.constexpr):
-    """One warp: claims tiles, publishes them, streams K."""
+def _write_empty_tiles(p, C: gl.constexpr):
+    """One warp: this program's share of the tiles of row intervals that see nothing, which come last in the list."""
+    entries, n_units, heads = tile_list(p, C)
+    n_seen = gl.load(entries)
+    entries += (n_seen + 1) * ENTRY
+    for number in range(gl.program_id(0), (n_units - n_seen) * heads, gl.num_programs(0)):
+        unit = gl.load(entries + number // heads * ENTRY)
+        first_row, batch, head = seat(unit, number % heads, heads, p, C)
+        _write_nothing(first_row, batch, head, p, C)
+
+
+@gluon.jit
+def _load_k(k_desc, i, count, tile, sm, p, C: gl.constexpr):
+    """Load the K of a tile's block ``i``."""
     BYTES: gl.constexpr = k_desc.dtype.primitive_bitwidth // 8 * C.chunk_dim
     CHUNKS: gl.constexpr = C.chunks
-    total = n_row_tiles(p, C) * p.n_heads_total
+    mbarrier.wait(sm.k_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
+    full = sm.k_full.index(count % C.k_stages)
+    mbarrier.expect(full, C.block_n * BYTES * C.chunks)
+    key = block_key(i, tile, C)
+    for c in gl.static_range(CHUNKS):
+        where = [tile.batch, key, tile.head // p.group, c * C.chunk_dim]
+        tma_load(k_desc, where, full, sm.k.index(count % C.k_stages * C.chunks + c))
+
+
+@gluon.jit
+def _claim_and_load_k(k_desc, counter_ptr, sm, p, C: gl.constexpr):
+    """One warp: claims tiles, publishes them, streams K. The next tile is looked up before the last K of one, which has
+    to wait for its place."""
+    total = n_published(p, C)
     n_programs = gl.num_programs(0)
     count = 0
     t = 0
     number = gl.program_id(0)
-    while number < total:
+    next_number = number + n_programs
+    tile = publish(number, total, sm.tiles, 0, p, C)
+    mbarrier.arrive(sm.tile_full.index(0), count=1)
+    while tile.n_blocks >= 0:
         claimed = start_claim(counter_ptr)  # the answer comes while K is loaded
-        tile = publish(number, sm.tiles, t % RING, p, C)
-        if C.mode == INTERVALS and tile.n_blocks == 0:
-            _write_nothing(tile, p, C)
-        else:
-            mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
-            t += 1
-        for i in range(tile.n_blocks):
-            mbarrier.wait(sm.k_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
-            full = sm.k_full.index(count % C.k_stages)
-            mbarrier.expect(full, C.block_n * BYTES * C.chunks)
-            key = block_key(i, tile, C)
-            for c in gl.static_range(CHUNKS):
-                tma_load(
-                    k_desc,
-                    [tile.batch, key, tile.head // p.group, c * C.chunk_dim],
-                    full,
-                    sm.k.index(count % C.k_stages * C.chunks + c),
-                )
+        t += 1
+        for i in range(tile.n_blocks - 1):
+            _load_k(k_desc, i, count, tile, sm, p, C)
             count += 1
-        number = finish_claim(claimed) + n_programs
-    write(sm.tiles, (t % RING) * CARD + N_BLOCKS, -1)
-    mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+        if not C.claim_early:
+            next_number = finish_claim(claimed) + n_programs
+        next_tile = publish(next_number, total, sm.tiles, t % RING, p, C)
+        mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+        _load_k(k_desc, tile.n_blocks - 1, count, tile, sm, p, C)
+        count += 1
+        if C.claim_early:
+            next_number = finish_claim(claimed) + 2 * n_programs
+        tile = next_tile
     if C.q_buffers > 1:
         # Every slot waits for the K of the next one; this stands for the K after the last.
         mbarrier.wait(sm.k_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
@@ -239,10 +267,17 @@ def _clean_v(v_rows, stage, first_key, last, tile, gaps, p, C: gl.constexpr):
     asking: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0])
     BLOCK_M: gl.constexpr = C.consumers * 64
     bounds = p.bounds_ptr + (tile.batch * p.intervals_batch * n_row_tiles(p, C) * BLOCK_M + tile.first_row) * 2
-    begin = max(last - first_key, 0) // 8  # the first group of 8 keys that is not seen whole
+    seen_keys = max(last - first_key, 0)
+    begin = seen_keys // 8  # the first group of 8 keys that is not seen whole
+    unseen = min((seen_keys + 7) // 8, GROUPS)  # the first of which nothing is seen
     if gaps > 0:
         begin = 0
-    for group in range(begin, GROUPS):
+        unseen = GROUPS
+    for group in range(unseen, GROUPS):
+        for panel in gl.static_range(PANELS):
+            piece = v_rows.index((stage * PANELS + panel) * GROUPS + group)
+            piece.store(gl.full([8, 64], 0.0, v_rows.dtype, layout))
+    for group in range(begin, unseen):
         key = first_key + group * 8
         if gaps > 0:
             keys = key + gl.arange(0, 8, gl.SliceLayout(0, asking))
@@ -305,8 +340,11 @@ def _load_v(v_desc, sm, p, C: gl.constexpr, PIECE: gl.constexpr):
 
 @gluon.jit
 def _store(out_desc, sm, p, C: gl.constexpr):
-    """One warp: sends each finished O, then frees the buffer for the next Q."""
+    """One warp: sends each finished O, then frees the buffer for the next Q. Before the first one is finished it writes
+    the tiles that see nothing."""
     CONSUMERS: gl.constexpr = C.consumers
+    if C.mode == INTERVALS:
+        _write_empty_tiles(p, C)
     t = 0
     tile = _await_card(sm, 0, C)
     while tile.n_blocks >= 0:
@@ -653,7 +691,7 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
     if C.q_buffers == 1:
         _consume_one_by_one(tile, sm, p, W, C)
     elif C.mode == INTERVALS:
-        if tile.n_blocks >= 0:  # else all tiles of this program see nothing
+        if tile.n_blocks >= 0:  # else there are fewer tiles that see something than programs
             _consume_overlapped(tile, sm, p, W, C)
     else:
         _consume_overlapped(tile, sm, p, W, C)
@@ -749,6 +787,8 @@ def attention_forward(
         bounds_ptr, summary_ptr, intervals_batch, sinks_ptr, sinks_stride, out_ptr, out_desc.shape[3], lse_ptr, factor,
         cap_factor,
     )  # fmt: skip
+    if C.mode == INTERVALS:
+        wait_for_launch_before()  # summaries and the list
     if NW == 2:
         gl.warp_specialize(
             [

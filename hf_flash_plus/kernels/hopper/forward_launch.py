@@ -139,7 +139,8 @@ class _Plan(Plan):
         self.directs: dict[tuple[Any, ...], Direct | None] = {}
         self.layouts = tuple(gl.NVMMASharedLayout.get_default_for(block, gl_dtype) for block in self.blocks)
         piece = gl.NVMMASharedLayout.get_default_for([8, 64], gl_dtype)
-        super().__init__(attention_forward, {"C": chosen, "PIECE": piece, **OPTIONS})
+        early = {"launch_pdl": True} if c.mode == INTERVALS else {}  # while the summaries are made
+        super().__init__(attention_forward, {"C": chosen, "PIECE": piece, **OPTIONS, **early})
 
 
 @cache
@@ -181,42 +182,58 @@ _counters: dict[tuple[int, int], Tensor] = {}
 
 
 def _counter(device: torch.device) -> Tensor:
-    """Two zeros for the kernel to count with; it leaves them at zero.
+    """Zeros for the kernels to count with, two for tiles and one for summaries; they leave them at zero.
 
     Launches of one stream follow one another and share them; streams must not. While a CUDA graph is captured every
     launch gets its own: the graph may be replayed on any stream, beside anything.
     """
     if device.type != "cuda":
-        return torch.empty(2, dtype=torch.int32, device=device)
+        return torch.empty(3, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
+        return torch.zeros(3, dtype=torch.int32, device=device)
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     counter = _counters.get(key)
     if counter is None:
-        counter = _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
+        counter = _counters[key] = torch.zeros(3, dtype=torch.int32, device=device)
     return counter
 
 
 class SummaryLaunch:
-    """The launch that summarises row intervals, and where it puts what it finds."""
+    """The launch that summarises row intervals, and where it puts what it finds.
+
+    With ``counter`` also the list of tiles is written, behind the summaries; ``section`` heads are in flight together.
+    """
 
     def __init__(
-        self, inputs: AttentionInputs, window: tuple[int, int], block_m: int, block_n: int, empty_rows_hide: bool
+        self,
+        inputs: AttentionInputs,
+        window: tuple[int, int],
+        block_m: int,
+        block_n: int,
+        empty_rows_hide: bool,
+        counter: Tensor | None = None,
+        section: int = 1,
     ) -> None:
         intervals = inputs.mask.row_intervals
         assert intervals is not None
         seqlen_q, seqlen_k = inputs.query.shape[1], inputs.key.shape[1]
         batch = intervals.shape[0]
         tiles = -(-seqlen_q // block_m)
-        memory = torch.empty(batch * tiles * (2 * block_m + config.CARD), dtype=torch.int32, device=intervals.device)
+        entries = 0 if counter is None else config.ENTRY * (batch * tiles + 1)
+        size = batch * tiles * (2 * block_m + config.CARD) + entries
+        memory = torch.empty(size, dtype=torch.int32, device=intervals.device)
         split = batch * tiles * 2 * block_m
         self.bounds, self.summary = memory[:split], memory[split:]
         self.grid = (tiles, batch, 1)
         strides = (intervals.stride(0) if batch > 1 else 0, *intervals.stride()[1:])
-        self.arguments = (intervals, self.bounds, self.summary, *strides, seqlen_q, seqlen_k, *window)
+        grouped = tiles * max(1, section // inputs.query.shape[2])
+        counting = None if counter is None else counter[2:]
+        self.arguments = (
+            intervals, self.bounds, self.summary, counting, grouped, *strides, seqlen_q, seqlen_k, *window
+        )  # fmt: skip
         self.options = {
             "ROWS": block_m, "BLOCK_M": 1 << (block_m - 1).bit_length(), "BLOCK_N": block_n,
-            "EMPTY_ROWS_HIDE": empty_rows_hide,
+            "EMPTY_ROWS_HIDE": empty_rows_hide, "LIST": counter is not None,
         }  # fmt: skip
 
     def run(self) -> Any:
@@ -251,13 +268,14 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
     plan = _plan(dims, mode, seqlen_k <= SHORT_CAUSAL, softcap > 0.0, sinks is not None, q.dtype)
     window = (0, 0)
     summary = bounds = tiles = None
+    n_heads, n_tiles = batch * nheads, -(-seqlen_q // plan.block_m)
+    section = _section(batch * nheads_k, seqlen_k * (head_dim + v_head_dim) * q.itemsize) * (nheads // nheads_k)
+    counter = _counter(q.device)
     if mode >= WINDOW:
         window = _window(inputs, seqlen_q, seqlen_k)
     if mode == INTERVALS:
-        summary = SummaryLaunch(inputs, window, plan.block_m, plan.config.block_n, False)
+        summary = SummaryLaunch(inputs, window, plan.block_m, plan.config.block_n, False, counter, section)
         bounds, tiles = summary.bounds, summary.summary
-    n_heads, n_tiles = batch * nheads, -(-seqlen_q // plan.block_m)
-    section = _section(batch * nheads_k, seqlen_k * (head_dim + v_head_dim) * q.itemsize) * (nheads // nheads_k)
     factor, cap_factor = (scale * _LOG2E, 0.0)
     if softcap > 0.0:
         # What the kernel's tanh wants: see forward._capped.
@@ -272,7 +290,7 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
         descriptor(out, blocks[3], layouts[3]),
         None if summary is None else out,
         lse,
-        _counter(q.device),
+        counter,
         bounds,
         tiles,
         sinks,
@@ -328,7 +346,7 @@ class _Known:
         self.summary = None
         if summary is not None and summarize is not None:
             memory = summary.bounds.numel() + summary.summary.numel()
-            numbers = (*summary.arguments[3:], *(None for _ in summary.options))
+            numbers = (*summary.arguments[4:], *(None for _ in summary.options))
             self.summary = summarize, memory, 4 * summary.bounds.numel(), summary.grid, numbers
 
     def launch(self, inputs: AttentionInputs, stream: int, counter: int) -> tuple[Tensor, Tensor]:
@@ -342,7 +360,7 @@ class _Known:
             memory = q.new_empty(size, dtype=torch.int32)
             bounds = memory.data_ptr()
             tiles = bounds + split
-            summarize(grid, stream, mask.row_intervals.data_ptr(), bounds, tiles, *numbers)
+            summarize(grid, stream, mask.row_intervals.data_ptr(), bounds, tiles, counter + 8, *numbers)
         addresses = (q.data_ptr(), inputs.key.data_ptr(), inputs.value.data_ptr(), out_address)
         described: list[Any] = []
         for (encode, shape, strides), address in zip(self.encoders, addresses):

@@ -1,19 +1,92 @@
-"""Row intervals, prepared for the Hopper kernels: bounds of every row, and a summary of every tile of rows."""
+"""Row intervals, prepared for the Hopper kernels: bounds of every row, a summary of every tile of rows, and for the
+forward kernel a list of these tiles in the order in which they are computed."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..primitives import NO_KEY, row_bounds, tile_bounds
 from . import config
 
 CARD = tl.constexpr(config.CARD)
+ENTRY = tl.constexpr(config.ENTRY)
 
 RUNTIME = (
-    "intervals_ptr", "bounds_ptr", "summary_ptr", "stride_b", "stride_s", "stride_c", "seqlen_q", "seqlen_k",
+    "intervals_ptr", "bounds_ptr", "summary_ptr", "counter_ptr", "n_grouped", "stride_b", "stride_s", "stride_c", "seqlen_q", "seqlen_k",
     "window_left", "window_right",
 )  # fmt: skip
+
+
+@triton.jit
+def _sizes(summary_ptr, units, n_units):
+    """How many blocks of keys tiles have; 0 where no row sees anything. As other programs have just written it."""
+    summary = summary_ptr + units * CARD
+    n_blocks = tl.load(summary + 1, mask=units < n_units, other=0, cache_modifier=".cg")
+    last = tl.load(summary + 5, mask=units < n_units, other=0, cache_modifier=".cg")
+    return tl.where(last > 0, n_blocks, 0)
+
+
+@triton.jit
+def list_tiles(summary_ptr, n_units, n_grouped, CHUNK: tl.constexpr):
+    """Write the list of ``n_units`` tiles behind their summaries, in one program.
+
+    ``n_grouped`` tiles after one another make a group: of batch elements whose keys are in the cache together. In the
+    list groups follow one another, each with its longest tiles first; tiles that see nothing come last. An entry says
+    which tile it is, where the entries of its group begin and how many there are; the first one, how many tiles of all
+    see something. CHUNK is at most 128.
+
+    A tile's place is counted: how many others come before it.
+    """
+    entries = summary_ptr + n_units * CARD
+    lane = tl.arange(0, CHUNK)
+    counted, before = 0, 0  # tiles that see something among the first ``counted``
+    for begin in range(0, n_units, CHUNK):
+        first = begin // n_grouped * n_grouped
+        while counted < first:
+            units = counted + lane
+            before += tl.sum((_sizes(summary_ptr, units, first) > 0).to(tl.int32), axis=0)
+            counted = tl.minimum(counted + CHUNK, first)
+        last = tl.minimum(((tl.minimum(begin + CHUNK, n_units) - 1) // n_grouped + 1) * n_grouped, n_units)
+        mine = begin + lane
+        my_size = _sizes(summary_ptr, mine, n_units)
+        my_group = mine // n_grouped
+        earlier = lane * 0  # of those from ``first`` on that see something: in earlier groups,
+        together = lane * 0  # in the same group,
+        ahead = lane * 0  # and of these longer, or as long and earlier
+        preceding = lane * 0  # with a lower number
+        for other_begin in range(first, last, CHUNK):
+            others = other_begin + lane
+            size = _sizes(summary_ptr, others, last)
+            group = others // n_grouped
+            some = (size > 0)[None, :]
+            same = some & (group[None, :] == my_group[:, None])
+            low = others[None, :] < mine[:, None]
+            longer = (size[None, :] > my_size[:, None]) | ((size[None, :] == my_size[:, None]) & low)
+            # Four numbers of up to 128 in one sum.
+            counts = (some & (group[None, :] < my_group[:, None])).to(tl.int32)
+            counts += same.to(tl.int32) << 8
+            counts += (same & longer).to(tl.int32) << 16
+            counts += (some & low).to(tl.int32) << 24
+            found = tl.sum(counts, axis=1)
+            earlier += found & 255
+            together += (found >> 8) & 255
+            ahead += (found >> 16) & 255
+            preceding += (found >> 24) & 255
+        seen = my_size > 0
+        group_begin = before + earlier
+        n_empty = mine - before - preceding  # before this one
+        at = tl.where(seen, group_begin + ahead, n_units - 1 - n_empty)
+        entry = entries + (at + 1) * ENTRY
+        inside = mine < n_units
+        tl.store(entry, mine, mask=inside)
+        tl.store(entry + 1, tl.where(seen, group_begin, 0), mask=inside)
+        tl.store(entry + 2, tl.where(seen, together, 1), mask=inside)
+    while counted < n_units:
+        before += tl.sum((_sizes(summary_ptr, counted + lane, n_units) > 0).to(tl.int32), axis=0)
+        counted += CHUNK
+    tl.store(entries, before)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -21,6 +94,8 @@ def summarize_intervals(
     intervals_ptr,
     bounds_ptr,
     summary_ptr,
+    counter_ptr,
+    n_grouped,
     stride_b,
     stride_s,
     stride_c,
@@ -32,6 +107,7 @@ def summarize_intervals(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EMPTY_ROWS_HIDE: tl.constexpr,
+    LIST: tl.constexpr,
 ):
     """One program per (tile of ROWS rows, batch element). BLOCK_M is ROWS rounded up to a power of 2.
 
@@ -39,7 +115,12 @@ def summarize_intervals(
     A window without a side is wider than both lengths. The summary's fields are named in ``schedule``; the last ones
     are, by 64 rows, the keys that all of these see. EMPTY_ROWS_HIDE: where a row sees nothing there are no keys that
     all rows see. Otherwise such rows do not count, and the first field says whether there are any.
+
+    LIST: the last program to finish writes the list (:func:`list_tiles`), ``counter_ptr`` is zero before and after, and
+    the next launch may begin early.
     """
+    if LIST:
+        gdc_launch_dependents()  # it waits for all of this one, but its own start is then behind it
     row_tile, batch = tl.program_id(0), tl.program_id(1)
     n_tiles = tl.num_programs(0)
     local = tl.arange(0, BLOCK_M)
@@ -101,3 +182,9 @@ def summarize_intervals(
             here = here & seen
         tl.store(summary + 10 + 2 * group, tl.max(tl.where(here, whole_first, 0), axis=0))
         tl.store(summary + 11 + 2 * group, tl.min(tl.where(here, whole_last, NO_KEY), axis=0))
+    if LIST:
+        n_units = n_tiles * tl.num_programs(1)
+        tl.debug_barrier()  # what all threads have written is before the count
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n_units - 1:
+            tl.atomic_xchg(counter_ptr, 0)
+            list_tiles(summary_ptr, n_units, n_grouped, 128)

@@ -112,6 +112,13 @@ def give_turn(W: gl.constexpr, C: gl.constexpr):
         gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@gluon.jit
+def wait_for_launch_before():
+    """Wait for the end of a launch that lets this one begin early (programmatic dependent launch)."""
+    asm: gl.constexpr = "griddepcontrol.wait; mov.u32 $0, 0;"
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 _CLAIM = gl.constexpr("""{
     .reg .pred first;
     .reg .u32 lane;

@@ -28,6 +28,10 @@ INTERVALS = gl.constexpr(config.INTERVALS)
 N_FIELDS = gl.constexpr(8)
 TILE, N_BLOCKS, N_END, N_BEGIN, FIRST, LAST, GAPS = (gl.constexpr(i) for i in range(7))
 
+#: An entry of the list of tiles: which one (by summary), the list's first entry of the same group of batch elements, and
+#: how many tiles of the group see something. The head of the list says how many tiles there are in it that do.
+ENTRY = gl.constexpr(config.ENTRY)
+
 #: A card has these fields (N_BLOCKS is -1 after the last tile; for TILE, with row intervals, whether some rows see
 #: nothing), the tile's place, and from WHOLE on, by warpgroup, the keys [first, last) that all of its rows see that see
 #: anything. Summaries of row intervals leave the place out.
@@ -52,7 +56,7 @@ class Problem(NamedTuple):
     window_left: gl.tensor
     window_right: gl.tensor
     bounds_ptr: gl.tensor  # (batch or 1, row tiles * BLOCK_M, 2): rows' keys [start, end)
-    summary_ptr: gl.tensor  # (batch or 1, row tiles, CARD)
+    summary_ptr: gl.tensor  # (batch or 1, row tiles, CARD), then the list (1 + batch * row tiles, ENTRY)
     intervals_batch: gl.tensor  # 0 where all batch elements share their row intervals, else 1
     sinks_ptr: gl.tensor
     sinks_stride: gl.tensor
@@ -181,27 +185,75 @@ def look_up(number, tiles, slot, p, WARPS: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def publish(number, tiles, slot, p, C: gl.constexpr):
-    """Fill a card with tile ``number``, and return the tile (no warpgroup's). For INTERVALS ``n_blocks`` is 0 where no
-    row sees anything."""
-    first_row, batch, head = place(number, p, C)
+def tile_list(p, C: gl.constexpr):
+    """Of row intervals: ``(list, how many summaries there are, heads to each)``."""
+    n_units = n_row_tiles(p, C)
+    heads = p.n_heads_total
+    if p.intervals_batch > 0:
+        n_units *= p.n_heads_total // p.nheads
+        heads = p.nheads
+    return p.summary_ptr + n_units * CARD, n_units, heads
+
+
+@gluon.jit
+def seat(unit, head, heads, p, C: gl.constexpr):
+    """``(first row, batch, head)`` of the tile of a summary and of one of its heads."""
+    n_tiles = n_row_tiles(p, C)
+    head += unit // n_tiles * heads
+    return unit % n_tiles * (C.consumers * 64), head // p.nheads, head % p.nheads
+
+
+@gluon.jit
+def listed(number, p, C: gl.constexpr):
+    """``(summary, first row, batch, head)`` of the tile that comes at ``number`` for INTERVALS: heads of one entry after
+    the other, as many as share L2, then the next entry of the group."""
+    entries, _, heads = tile_list(p, C)
+    entries += ENTRY
+    entry = entries + number // heads * ENTRY
+    first, size = gl.load(entry + 1), gl.load(entry + 2)
+    section = min(p.section, heads)
+    rest = number - first * heads
+    part = rest // (section * size)
+    rest -= part * (section * size)
+    width = min(section, heads - part * section)
+    unit = gl.load(entries + (first + rest // width) * ENTRY)
+    first_row, batch, head = seat(unit, part * section + rest % width, heads, p, C)
+    return p.summary_ptr + unit * CARD, first_row, batch, head
+
+
+@gluon.jit
+def n_published(p, C: gl.constexpr):
+    """How many tiles there are to compute."""
+    if C.mode == INTERVALS:
+        entries, _, heads = tile_list(p, C)
+        return gl.load(entries) * heads
+    else:
+        return n_row_tiles(p, C) * p.n_heads_total
+
+
+@gluon.jit
+def publish(number, total, tiles, slot, p, C: gl.constexpr):
+    """Fill a card with tile ``number`` of ``total``, and return the tile (no warpgroup's); ``n_blocks`` is -1 where there
+    is no such tile."""
     at = slot * CARD
     n_end, n_begin, first = 0, 0, 0
     if C.mode == INTERVALS:
-        BLOCK_M: gl.constexpr = C.consumers * 64
         LAST_FIELD: gl.constexpr = WHOLE + 2 * C.consumers
-        summary = p.summary_ptr + (batch * p.intervals_batch * n_row_tiles(p, C) + first_row // BLOCK_M) * CARD
-        n_blocks = gl.where(gl.load(summary + LAST) > 0, gl.load(summary + N_BLOCKS), 0)
+        summary, first_row, batch, head = listed(max(min(number, total - 1), 0), p, C)
+        n_blocks = gl.load(summary + N_BLOCKS)
         n_end, n_begin, first = gl.load(summary + N_END), gl.load(summary + N_BEGIN), gl.load(summary + FIRST)
         write(tiles, at + SOME_EMPTY, gl.load(summary + SOME_EMPTY))
         for field in gl.static_range(LAST, GAPS + 1):
             write(tiles, at + field, gl.load(summary + field))
         for field in gl.static_range(WHOLE, LAST_FIELD):
             write(tiles, at + field, gl.load(summary + field))
-    elif C.mode == WINDOW:
-        n_blocks, n_end, n_begin, first = _window_blocks(first_row, p, C)
     else:
-        n_blocks = _all_keys(first_row, p, C)
+        first_row, batch, head = place(number, p, C)
+        if C.mode == WINDOW:
+            n_blocks, n_end, n_begin, first = _window_blocks(first_row, p, C)
+        else:
+            n_blocks = _all_keys(first_row, p, C)
+    n_blocks = gl.where(number < total, n_blocks, -1)
     write(tiles, at + N_BLOCKS, n_blocks)
     write(tiles, at + ROW, first_row)
     write(tiles, at + BATCH, batch)

@@ -11,6 +11,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from hf_flash_plus.inputs import AttentionInputs
 from hf_flash_plus.kernels.hopper import config, forward_launch, schedule
+from hf_flash_plus.kernels.hopper.intervals import list_tiles
 from hf_flash_plus.masks import AttentionMask
 
 BLOCK_N = 32
@@ -96,3 +97,26 @@ def test_summary(name: str, consumers: int, empty_rows_hide: bool) -> None:
                     # All that is whole is known, but in a warpgroup none of whose rows count.
                     assert whole or not len(rows) or not rows.all()
             assert not (some & outside).any()
+
+
+@pytest.mark.parametrize("n_units", [1, 7, 128, 300])
+@pytest.mark.parametrize("n_grouped", [1, 5, 64, 1000])
+@pytest.mark.parametrize("empty", [0.0, 0.4, 1.0])
+def test_list(n_units: int, n_grouped: int, empty: float) -> None:
+    """Groups after one another, the longest tiles of each first, and those that see nothing last."""
+    generator = torch.Generator().manual_seed(n_units + n_grouped)
+    sizes = torch.randint(1, 9, (n_units,), generator=generator)
+    seen = torch.rand(n_units, generator=generator) >= empty
+    memory = torch.full((n_units * config.CARD + (n_units + 1) * config.ENTRY,), -7, dtype=torch.int32)
+    summary = memory[: n_units * config.CARD].view(n_units, config.CARD)
+    summary[:, schedule.N_BLOCKS.value] = sizes.where(seen, 1)
+    summary[:, schedule.LAST.value] = seen
+    list_tiles[(1,)](memory, n_units, n_grouped, 128)
+    head, entries = memory[n_units * config.CARD :].view(n_units + 1, config.ENTRY).tensor_split([1])
+    order = sorted(range(n_units), key=lambda unit: (not seen[unit], unit // n_grouped, -int(sizes[unit]), unit))
+    n_seen = int(seen.sum())
+    assert head[0, 0] == n_seen and entries[:n_seen, 0].tolist() == order[:n_seen]
+    assert sorted(entries[n_seen:, 0].tolist()) == sorted(order[n_seen:])
+    groups = [unit // n_grouped for unit in order[:n_seen]]
+    assert entries[:n_seen, 1:3].tolist() == [[groups.index(group), groups.count(group)] for group in groups]
+    assert (entries[n_seen:, 1:3] == torch.tensor([0, 1])).all()

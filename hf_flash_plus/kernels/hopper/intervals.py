@@ -14,8 +14,8 @@ CARD = tl.constexpr(config.CARD)
 ENTRY = tl.constexpr(config.ENTRY)
 
 RUNTIME = (
-    "intervals_ptr", "bounds_ptr", "summary_ptr", "counter_ptr", "n_grouped", "stride_b", "stride_s", "stride_c", "seqlen_q", "seqlen_k",
-    "window_left", "window_right",
+    "intervals_ptr", "bounds_ptr", "summary_ptr", "counter_ptr", "n_grouped", "stride_b", "stride_s", "stride_c",
+    "seqlen_q", "seqlen_k", "window_left", "window_right",
 )  # fmt: skip
 
 

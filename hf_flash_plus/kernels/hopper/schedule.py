@@ -28,8 +28,8 @@ INTERVALS = gl.constexpr(config.INTERVALS)
 N_FIELDS = gl.constexpr(8)
 TILE, N_BLOCKS, N_END, N_BEGIN, FIRST, LAST, GAPS = (gl.constexpr(i) for i in range(7))
 
-#: An entry of the list of tiles: which one (by summary), the list's first entry of the same group of batch elements, and
-#: how many tiles of the group see something. The head of the list says how many tiles there are in it that do.
+#: An entry of the list of tiles: which one (by summary), the first entry of the same group of batch elements, and how
+#: many tiles of the group see something. The head of the list says how many of all do.
 ENTRY = gl.constexpr(config.ENTRY)
 
 #: A card has these fields (N_BLOCKS is -1 after the last tile; for TILE, with row intervals, whether some rows see
@@ -39,7 +39,7 @@ CARD = gl.constexpr(config.CARD)
 SOME_EMPTY = gl.constexpr(0)
 ROW, BATCH, HEAD, WHOLE = (gl.constexpr(i) for i in range(7, 11))
 
-#: How many cards there are. The slowest warp may be q_buffers + k_stages tiles behind the one that publishes them.
+#: How many cards there are. The slowest warp may be q_buffers + k_stages + 1 tiles behind the one that publishes them.
 RING = gl.constexpr(config.RING)
 
 
@@ -205,8 +205,8 @@ def seat(unit, head, heads, p, C: gl.constexpr):
 
 @gluon.jit
 def listed(number, p, C: gl.constexpr):
-    """``(summary, first row, batch, head)`` of the tile that comes at ``number`` for INTERVALS: heads of one entry after
-    the other, as many as share L2, then the next entry of the group."""
+    """``(summary, first row, batch, head)`` of the tile that comes at ``number``, for INTERVALS: one entry's heads, as
+    many as share L2, then those of the next entry of the group."""
     entries, _, heads = tile_list(p, C)
     entries += ENTRY
     entry = entries + number // heads * ENTRY
@@ -233,8 +233,8 @@ def n_published(p, C: gl.constexpr):
 
 @gluon.jit
 def publish(number, total, tiles, slot, p, C: gl.constexpr):
-    """Fill a card with tile ``number`` of ``total``, and return the tile (no warpgroup's); ``n_blocks`` is -1 where there
-    is no such tile."""
+    """Fill a card with tile ``number`` of ``total``, and return the tile (no warpgroup's); ``n_blocks`` is -1 where
+    there is none."""
     at = slot * CARD
     n_end, n_begin, first = 0, 0, 0
     if C.mode == INTERVALS:

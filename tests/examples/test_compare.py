@@ -70,6 +70,20 @@ def test_what_chance_explains_is_told_from_what_it_does_not():
     assert compare_curves.by_chance(smooth) == pytest.approx(1 / 27)
 
 
+@pytest.mark.parametrize("seed, within", [(1, True), (7, False)])
+def test_a_mean_may_leave_the_band_by_chance_only(seed, within):
+    """Nothing but noise in all curves; the second draw is one of the few in a hundred that chance does not explain."""
+    noise = np.random.default_rng(seed)
+    falling = [4 - np.arange(100) / 50 + 0.02 * n for n in range(3)]
+    lines = {
+        name: {str(n): (falling[n] + 0.3 * noise.standard_normal(100)).tolist() for n in range(3)}
+        for name in ("flash_plus", "sdpa", "eager")
+    }
+    verdict = compare_curves.judge(lines)
+    assert verdict["inside"] < 1 and verdict["nearest"] <= verdict["others_apart"]
+    assert verdict["within"] == within == (verdict["chance"] > compare_curves.SIGNIFICANT)
+
+
 @pytest.mark.slow
 def test_curves_from_end_to_end(tmp_path, capsys):
     options = ["--models", "llama", "--seeds", "0,1", "--dropouts", "0,0.5", "--steps", "4", "--mixed_precision", "no"]

@@ -89,6 +89,18 @@ def test_every_class_comes_before_chance() -> None:
             assert int((batch["position_ids"] == 0).sum()) == min(shape.documents, shape.length)
 
 
+def test_the_longest_generations_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of the step is: they have kernels that no batch for training has."""
+    args = soak.SoakArguments(device="cpu", max_length=8, max_batch=2, check_every=10**6, minutes=0.2)
+    run, done = soak.Soak(args), []
+    monkeypatch.setattr(run, "step", lambda task, check, shape=None: done.append((task, check, shape)))
+    monkeypatch.setattr(run, "sample", lambda: None)
+    args.max_steps = 10 * len(soak.TASKS) + len(soak.classes(args))
+    run.run()
+    checked = [(task, shape.rows, shape.padded) for task, check, shape in done if check]
+    assert sorted(checked) == [("generate", rows, padded) for rows in (1, 2) for padded in (False, True)]
+
+
 def test_late_kernels_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled here for a GPU that is not there, by Triton itself."""
     triton = pytest.importorskip("triton")

@@ -151,6 +151,22 @@ def test_the_call_at_which_a_process_crashed_is_kept(tmp_path: Path) -> None:
     assert "crashed_calls" not in recording.with_crashed({"failures": {}}, tmp_path)
 
 
+def test_the_suite_asks_for_calls_and_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = "tests/gpu/test_fuzz.py::test_random_calls[triton-flash-0]"
+
+    def run(command: list[str], seconds: float) -> int:
+        record = _record(failures={test: "worker 'gw1' crashed while running it"})
+        Path(command[command.index("--record-file") + 1]).write_text(json.dumps(record))
+        Path(os.environ["HF_FLASH_PLUS_FUZZ_CALLS"], "triton-flash-0.py").write_text("the call")
+        return 1
+
+    monkeypatch.setattr(suite, "run", run)
+    for name in ("CALLS", "EXAMPLES", "PARTS"):  # what the suite sets is undone
+        monkeypatch.setenv(f"HF_FLASH_PLUS_FUZZ_{name}", "1")
+    assert suite.main(["--parts", "fuzz", "--output", str(tmp_path / "record.json")]) == 1
+    assert json.loads((tmp_path / "record.json").read_text())["crashed_calls"] == {test: "the call"}
+
+
 def test_the_suite_leaves_no_test_out() -> None:
     """Random calls are a part of their own; every other test is marked exclusive or is not."""
     parts = suite.pytest_parts(3, [])

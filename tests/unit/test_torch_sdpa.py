@@ -241,6 +241,22 @@ def test_half_precision_comes_at_multiples_of_16_bytes(
     assert tensor.grad is not None and bool((tensor.grad == 1).all())
 
 
+def test_what_sdpa_gets_is_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.extend(tensor.stride() for tensor in tensors)
+        return real(*tensors, **options)
+
+    monkeypatch.setattr(torch_sdpa, "CUDNN", frozenset({"cpu"}))
+    monkeypatch.setattr(torch_sdpa.F, "scaled_dot_product_attention", watched)
+    q, k, v = (torch.randn(2, 5, 1, 64).to(torch.bfloat16).as_strided((2, 5, 1, 64), (320, 64, 1, 1)) for _ in "qkv")
+    with use_provider("torch_sdpa"):
+        hfp.attention(q, k, v, AttentionMask(causal=True))
+    assert len(seen) == 3 and not any(stride % 8 for strides in seen for stride in strides[:-1])
+
+
 def test_what_lies_well_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_sdpa, "CUDNN", frozenset({"cpu"}))
     for tensor in (torch.randn(2, 5, 3, 64).to(torch.bfloat16).transpose(1, 2), torch.randn(2, 3, 5, 65)[..., :64]):

@@ -37,7 +37,7 @@ class Config(NamedTuple):
 
 
 #: ``backward_wide`` by the width of q and k: 128 keys where those have 192 columns and v 128; 64 where all have 256.
-#: On an H200 4 and 7 times as fast as the portable kernels (hopper.md).
+#: On an H200 7 and 4 times as fast as the portable kernels (hopper.md).
 WIDE = {
     192: Config(64, 2, keys=128, dout_stages=2, dp_early=0),
     256: Config(64, 2, keys=64, dout_stages=1, dp_early=1, dv_late=True),

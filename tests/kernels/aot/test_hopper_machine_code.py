@@ -90,6 +90,18 @@ def test_what_is_compiled_wrong_is_found_and_replaced(name: str, _clean: None) -
             launch.be_careful(structure._replace(careful=True), caught.value)
 
 
+@pytest.mark.parametrize("name", FAULTY)
+def test_what_is_compiled_wrong_is_not_launched(name: str, _clean: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with compiling_for("sm90"):
+        if not machine_code.doubtful("sm90"):
+            pytest.skip("this ptxas does not have the fault")
+        built = FAULTY[name]()
+        monkeypatch.setattr(type(built.plan.kernel), "__getitem__", lambda *args: pytest.fail("launched"))
+        with pytest.raises(machine_code.MiscompiledError):
+            built.run()
+        assert not built.plan.compiled
+
+
 def test_gradients_of_such_calls_need_no_wgmma_either(_clean: None) -> None:
     with compiling_for("sm90"):
         launch._careful.add(launch.prepare(packed()).structure)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_flash_plus.inputs import AttentionInputs
+from hf_flash_plus.interval_cache import share
 from hf_flash_plus.kernels.hopper import forward_launch
 from hf_flash_plus.masks import AttentionMask
 from tests.gpu.compiling import Compilation, kind_of_mask, unless_parallel
@@ -288,6 +289,100 @@ def _inputs(
 def _documents(batch: int, seqlen: int) -> AttentionMask:
     rows = torch.arange(seqlen, dtype=torch.int32, device="cuda")
     return AttentionMask(row_intervals=torch.stack((rows // 300 * 300, rows + 1), dim=-1).expand(batch, -1, -1))
+
+
+def _padded(lengths: list[int], seqlen: int, left: bool = False) -> Tensor:
+    """Row intervals of a causal padded batch; rows of padding see nothing."""
+    rows = torch.arange(seqlen, dtype=torch.int32, device="cuda")[None]
+    length = torch.tensor(lengths, dtype=torch.int32, device="cuda")[:, None]
+    start = (seqlen - length) if left else torch.zeros_like(length)
+    real = (rows >= start) & (rows < start + length)
+    return torch.stack((torch.where(real, start, 0), torch.where(real, rows + 1, 0)), dim=-1)
+
+
+def _unaligned(lengths: list[int], seqlen: int) -> Tensor:
+    """Row intervals of packed documents; rows behind them see nothing."""
+    rows = torch.arange(seqlen, dtype=torch.int32, device="cuda")
+    ends = torch.tensor(lengths, device="cuda").cumsum(0)
+    which = torch.searchsorted(ends, rows, right=True)
+    first = torch.nn.functional.pad(ends, (1, 0))[which].to(torch.int32)
+    return torch.stack((first, torch.where(rows < ends[-1], rows + 1, 0)), dim=-1)[None]
+
+
+#: Masks that leave tiles which see nothing, and another one of the same shape: (batch, heads, key heads, masks).
+LISTS: dict[str, tuple[int, int, int, Callable[[], tuple[Tensor, Tensor]]]] = {
+    "padded": (6, 4, 2, lambda: (_padded([700, 130, 0, 64, 699, 1], 700), _padded([0, 0, 700, 5, 256, 512], 700))),
+    "left padded": (
+        4, 4, 2, lambda: (_padded([700, 130, 0, 699], 700, left=True), _padded([1, 0, 256, 129], 700, left=True)),
+    ),
+    "documents": (1, 4, 1, lambda: (_unaligned([300, 77, 1, 450, 128], 956), _unaligned([100, 500], 956))),
+    "shared by all": (5, 6, 6, lambda: (_unaligned([300, 40], 640), _padded([513], 640, left=True))),
+    "nothing": (4, 4, 2, lambda: (_padded([0] * 4, 300), _padded([0, 0, 0, 300], 300))),
+    "fewer tiles than programs": (3, 2, 1, lambda: (_padded([0, 120, 7], 1024), _padded([1024, 0, 0], 1024))),
+    "many short ones": (
+        64, 16, 4, lambda: (_padded([i * 37 % 101 for i in range(64)], 100), _padded([0, 50] * 32, 100)),
+    ),
+    "most of it empty": (
+        48, 2, 1, lambda: (_padded([9 * i * (i % 7 == 0) for i in range(48)], 500), _padded([0] * 47 + [500], 500)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("name", LISTS)
+def test_tiles_that_see_nothing(name: str, sinks: bool, dim: int) -> None:
+    """Only the other tiles are claimed; from call to call with another mask in the same memory, and with one whose list
+    is kept with it."""
+    batch, nheads, nheads_k, masks = LISTS[name]
+    memory, other = masks()
+    seqlen = memory.shape[1]
+    plain = _inputs(batch, seqlen, nheads, nheads_k, dim, AttentionMask())
+    if sinks:
+        values = torch.tensor([0.5, -1.0, 3.0, -float("inf")], device="cuda").repeat(4)[:nheads].contiguous()
+        plain = replace(plain, sinks=values)
+    expected, poisoned = [], []
+    for intervals in (memory.clone(), other):
+        key = torch.arange(seqlen, device="cuda")
+        hidden = ~((key >= intervals[..., :1]) & (key < intervals[..., 1:])).any(1).expand(batch, -1)[..., None, None]
+        clean = replace(
+            plain, key=plain.key.masked_fill(hidden, 0.0), value=plain.value.masked_fill(hidden, 0.0),
+            mask=AttentionMask(row_intervals=intervals),
+        )  # fmt: skip
+        wide = {field: getattr(clean, field).double() for field in ("query", "key", "value")}
+        wide["sinks"] = values.double() if sinks else None
+        expected.append(REFERENCE.forward(replace(clean, **wide)))
+        nan = {
+            "key": plain.key.masked_fill(hidden, float("nan")),
+            "value": plain.value.masked_fill(hidden, float("nan")),
+        }
+        poisoned.append(replace(plain, **nan, mask=AttentionMask(row_intervals=memory)))
+
+    def same(which: int, intervals: Tensor) -> None:
+        call = replace(poisoned[which], mask=AttentionMask(row_intervals=intervals))
+        with poisoned_allocations():
+            found = watched(lambda: forward_launch.recall(call))
+            out, lse = forward(call) if found is None else found
+        exact, exact_lse = expected[which].out, expected[which].softmax_lse
+        empty = exact_lse == float("-inf")
+        assert torch.equal(lse == float("-inf"), empty) and not out.transpose(1, 2)[empty].any()
+        assert_within("out", out, exact, 8e-3 * (1 + exact.abs().max().item()))
+        assert_within("lse", lse.masked_fill(empty, 0.0), exact_lse.masked_fill(empty, 0.0), 2e-4)
+
+    forward_launch._known.clear()
+    first = memory.clone()
+    for _ in range(2):
+        same(0, memory)
+        memory.copy_(other)
+        same(1, memory)
+        memory.copy_(first)
+    for _ in range(2):  # directly, then the ordinary way
+        kept = share(first.clone())
+        for _ in range(2):
+            same(0, kept)
+        kept.copy_(other)  # which is noticed
+        same(1, kept)
+        forward_launch._known.clear()
 
 
 @pytest.mark.parametrize("dim", [64, 128])

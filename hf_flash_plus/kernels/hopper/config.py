@@ -16,6 +16,10 @@ FULL, TAIL, CAUSAL, WINDOW, INTERVALS = range(5)
 #: Numbers in the description of a tile of row intervals (see ``schedule``), and how many tiles are described at a time.
 CARD, RING = 16, 8
 
+#: Numbers of an entry in the list of tiles of row intervals (see ``intervals.list_tiles``), and of the list's head: 128
+#: bytes, of which some are not used.
+LISTED = 32
+
 #: Causal calls of up to this many keys spend so much of their time between tiles that other tiles and buffers pay.
 SHORT_CAUSAL = 1024
 

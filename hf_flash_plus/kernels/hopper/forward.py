@@ -3,7 +3,7 @@
 ``_claim_and_load_k`` (one warp) takes tiles of query rows from a counter, publishes each on a card, and streams K;
 ``_load_q`` and ``_load_v`` (one warp each) load Q and stream V; ``_consume`` (two or three warpgroups of 64 rows each)
 computes; ``_store`` (one warp) sends O, which consumers leave where the tile's Q lay. They meet at mbarriers in shared
-memory (:class:`Shared`).
+memory (:class:`Shared`). Tiles that see nothing are not claimed: ``_store`` writes the program's share of them.
 
 A consumer's slot overlaps the softmax of one block of keys with the product of the previous one's weights and V::
 
@@ -56,14 +56,21 @@ from .schedule import (
     RING,
     SOME_EMPTY,
     WINDOW,
+    Group,
     Problem,
     block_key,
+    empty_tile,
+    find_group,
     hide,
+    hide_first,
     hide_outside,
     leading_hidden,
+    listed_heads,
+    loaded_key,
     n_row_tiles,
     needs_hiding,
     publish,
+    publish_listed,
     read,
     row_bounds,
     take_card,
@@ -136,24 +143,41 @@ def _await_card(sm, t, C: gl.constexpr):
 
 
 @gluon.jit
-def _write_nothing(tile, p, C: gl.constexpr):
+def _write_nothing(first_row, batch, head, p, C: gl.constexpr):
     """O and log-sum-exp of a tile whose rows see no keys, written by one warp."""
     BLOCK_M: gl.constexpr = C.consumers * 64
     PIECES: gl.constexpr = C.v_dim // 8  # of a row, 16 bytes each
+    ROWS: gl.constexpr = 32 // PIECES  # at a time
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    piece = gl.arange(0, 8 * PIECES, flat)
+    piece = gl.arange(0, 32, flat)
     column = piece % PIECES * 8
-    for part in range(BLOCK_M // 8):
-        row = tile.first_row + part * 8 + piece // PIECES
-        at = ((tile.batch.to(gl.int64) * p.seqlen_q + row) * p.nheads + tile.head) * p.v_head_dim + column
-        write_zeros(p.out_ptr + at, (row < p.seqlen_q) & (column < p.v_head_dim))
+    row = first_row + piece // PIECES
+    at = ((batch.to(gl.int64) * p.seqlen_q + row) * p.nheads + head) * p.v_head_dim + column
+    step = (p.nheads * p.v_head_dim).to(gl.int64) * ROWS
+    end = gl.where(column < p.v_head_dim, p.seqlen_q, 0)
+    for _ in range(BLOCK_M // ROWS // 8):
+        for _ in gl.static_range(8):
+            write_zeros(p.out_ptr + at, row < end)
+            at += step
+            row += ROWS
     value = float("-inf")
     if C.sinks:
-        value = gl.load(p.sinks_ptr + tile.head * p.sinks_stride).to(gl.float32)
-    base = p.lse_ptr + (tile.batch * p.nheads + tile.head).to(gl.int64) * p.seqlen_q
+        value = gl.load(p.sinks_ptr + head * p.sinks_stride).to(gl.float32)
+    base = p.lse_ptr + (batch * p.nheads + head).to(gl.int64) * p.seqlen_q
     for part in range(BLOCK_M // 32):
-        row = tile.first_row + part * 32 + gl.arange(0, 32, flat)
+        row = first_row + part * 32 + gl.arange(0, 32, flat)
         gl.store(base + row, gl.full([32], value, gl.float32, flat), mask=row < p.seqlen_q)
+
+
+@gluon.jit
+def _write_empty_tiles(number, end, n_units, heads, p, C: gl.constexpr):
+    """Write every n-th of the tiles that see nothing, from ``number`` to ``end``; there are n programs. Returns the
+    number of the next."""
+    while number < end:
+        first_row, batch, head = empty_tile(number, n_units, heads, p)
+        _write_nothing(first_row, batch, head, p, C)
+        number += gl.num_programs(0)
+    return number
 
 
 @gluon.jit
@@ -161,24 +185,31 @@ def _claim_and_load_k(k_desc, counter_ptr, sm, p, C: gl.constexpr):
     """One warp: claims tiles, publishes them, streams K."""
     BYTES: gl.constexpr = k_desc.dtype.primitive_bitwidth // 8 * C.chunk_dim
     CHUNKS: gl.constexpr = C.chunks
-    total = n_row_tiles(p, C) * p.n_heads_total
+    if C.mode == INTERVALS:
+        heads = listed_heads(p)
+        total = gl.load(p.summary_ptr) * heads
+        group = Group(0, 0, 0, 0)
+    else:
+        total = n_row_tiles(p, C) * p.n_heads_total
     n_programs = gl.num_programs(0)
     count = 0
     t = 0
     number = gl.program_id(0)
     while number < total:
         claimed = start_claim(counter_ptr)  # the answer comes while K is loaded
-        tile = publish(number, sm.tiles, t % RING, p, C)
-        if C.mode == INTERVALS and tile.n_blocks == 0:
-            _write_nothing(tile, p, C)
+        if C.mode == INTERVALS:
+            if number >= group.end:
+                group = find_group(number, heads, p)
+            tile = publish_listed(number, group, heads, sm.tiles, t % RING, p, C)
         else:
-            mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
-            t += 1
+            tile = publish(number, sm.tiles, t % RING, p, C)
+        mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+        t += 1
         for i in range(tile.n_blocks):
             mbarrier.wait(sm.k_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
             full = sm.k_full.index(count % C.k_stages)
             mbarrier.expect(full, C.block_n * BYTES * C.chunks)
-            key = block_key(i, tile, C)
+            key = loaded_key(i, tile, C)
             for c in gl.static_range(CHUNKS):
                 tma_load(
                     k_desc,
@@ -283,7 +314,7 @@ def _load_v(v_desc, sm, p, C: gl.constexpr, PIECE: gl.constexpr):
                 _wait(sm.slot_done, freed, slots(C))
             stage = count % C.v_stages
             full = sm.v_full.index(stage)
-            key = block_key(i, tile, C)
+            key = loaded_key(i, tile, C)
             where = [tile.batch, key, tile.head // p.group, 0]
             if C.mode == INTERVALS:
                 if (key + C.block_n > last) | ((gaps > 0) & (i < tile.n_end + tile.n_begin)):
@@ -306,12 +337,22 @@ def _load_v(v_desc, sm, p, C: gl.constexpr, PIECE: gl.constexpr):
 
 @gluon.jit
 def _store(out_desc, sm, p, C: gl.constexpr):
-    """One warp: sends each finished O, then frees the buffer for the next Q."""
+    """One warp: sends each finished O, then frees the buffer for the next Q. While a tile is computed it writes some of
+    those that see nothing, in proportion, so that their bytes go out beside all products."""
     CONSUMERS: gl.constexpr = C.consumers
+    if C.mode == INTERVALS:
+        heads = listed_heads(p)
+        n_units = n_row_tiles(p, C) * (p.n_heads_total // heads)
+        n_seen = gl.load(p.summary_ptr)
+        n_empty = (n_units - n_seen) * heads
+        share = (n_units - 1) // max(n_seen, 1) * gl.num_programs(0)  # beside a tile: not fewer than there are to one
+        empty = gl.program_id(0)
     t = 0
     tile = _await_card(sm, 0, C)
     while tile.n_blocks >= 0:
         buffer = t % C.q_buffers
+        if C.mode == INTERVALS:
+            empty = _write_empty_tiles(empty, min(empty + share, n_empty), n_units, heads, p, C)
         for w in gl.static_range(CONSUMERS):
             at = buffer * C.consumers + w
             mbarrier.wait(sm.out_full.index(at), (t // C.q_buffers) & 1)
@@ -323,6 +364,8 @@ def _store(out_desc, sm, p, C: gl.constexpr):
             mbarrier.arrive(sm.q_empty.index(buffer * C.consumers + w), count=1)
         t += 1
         tile = _await_card(sm, t, C)
+    if C.mode == INTERVALS:
+        _write_empty_tiles(empty, n_empty, n_units, heads, p, C)
 
 
 @gluon.jit
@@ -440,6 +483,19 @@ def _hidden(scores, step, tile, row_start, row_end, p, W: gl.constexpr, LAYOUT: 
 
 
 @gluon.jit
+def _first_hidden(
+    scores, skipped, sm, t, tile, row_start, row_end, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
+):  # fmt: skip
+    """The same for the first block of a tile that a warpgroup computes."""
+    if C.mode == INTERVALS:
+        return hide_first(scores, row_start, row_end, sm.tiles, t % RING, tile, p, W, LAYOUT, C)
+    elif C.mode != FULL:
+        return _hidden(scores, skipped, tile, row_start, row_end, p, W, LAYOUT, C)
+    else:
+        return scores
+
+
+@gluon.jit
 def _slots(
     acc, pairs, top, total, sm, t, count, begin, end, tile, zeros, p,
     HIDE: gl.constexpr, W: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, O_ROWS: gl.constexpr,
@@ -528,8 +584,7 @@ def _consume_one_by_one(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
         scores = warpgroup_mma_wait(0, deps=[scores])
         _free_k(sm, count, skipped, C)
         scores = _capped(scores, p, sm.v.dtype, C)
-        if C.mode != FULL:
-            scores = _hidden(scores, skipped, tile, row_start, row_end, p, W, S_LAYOUT, C)
+        scores = _first_hidden(scores, skipped, sm, t, tile, row_start, row_end, p, W, S_LAYOUT, C)
         top, decay, weights = softmax_step(scores, top, p.factor, MAY_BE_EMPTY)
         total = _first_total(weights, total, decay, C)
         pairs = pack(weights, BLOCK_N, sm.v.dtype)
@@ -581,8 +636,7 @@ def _consume_overlapped(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
     scores = warpgroup_mma_wait(0, deps=[scores])
     _free_k(sm, 0, skipped, C)
     scores = _capped(scores, p, sm.v.dtype, C)
-    if C.mode != FULL:
-        scores = _hidden(scores, skipped, tile, row_start, row_end, p, W, S_LAYOUT, C)
+    scores = _first_hidden(scores, skipped, sm, 0, tile, row_start, row_end, p, W, S_LAYOUT, C)
     top, decay, weights = softmax_step(scores, top, p.factor, MAY_BE_EMPTY)
     total = _first_total(weights, total, decay, C)
     pairs = pack(weights, BLOCK_N, sm.v.dtype)
@@ -618,8 +672,7 @@ def _consume_overlapped(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
             scores = warpgroup_mma_wait(1, deps=[next_scores])
             _free_k(sm, count, skipped, C)
             scores = _capped(scores, p, sm.v.dtype, C)
-            if C.mode != FULL:
-                scores = _hidden(scores, skipped, next_tile, row_start, row_end, p, W, S_LAYOUT, C)
+            scores = _first_hidden(scores, skipped, sm, t + 1, next_tile, row_start, row_end, p, W, S_LAYOUT, C)
             next_top, decay, weights = softmax_step(scores, next_top, p.factor, MAY_BE_EMPTY)
             next_total = _first_total(weights, next_total, decay, C)
             _wait_tile(sm, t + 1, W, C)  # long over; keeps warpgroup_mma_wait behind the exponentials
@@ -654,7 +707,7 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
     if C.q_buffers == 1:
         _consume_one_by_one(tile, sm, p, W, C)
     elif C.mode == INTERVALS:
-        if tile.n_blocks >= 0:  # else all tiles of this program see nothing
+        if tile.n_blocks >= 0:  # else there are fewer tiles that see something than programs
             _consume_overlapped(tile, sm, p, W, C)
     else:
         _consume_overlapped(tile, sm, p, W, C)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...inputs import SHORT_QUERY, AttentionInputs
+from ...interval_cache import shared
 from . import config
 from .config import CAUSAL, FULL, INTERVALS, SHORT_CAUSAL, TAIL, WINDOW, Config
 from .launching import Launch, Plan, descriptor, layout_reason
@@ -36,6 +37,7 @@ IN_FLIGHT = 16 * 2**20
 
 #: Compiler options. Fusion is the default of Triton up to 3.9; the scale belongs into the exponent's multiply-add.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+SUMMARY_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 _LOG2E = 1.4426950408889634
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -197,8 +199,20 @@ def _counter(device: torch.device) -> Tensor:
     return counter
 
 
+#: Tiles that are listed at a time, and summaries of earlier batch elements that are asked (``intervals.list_tiles``).
+_CHUNKS = {"CHUNK": 128, "COUNTED": 1024}
+
+
 class SummaryLaunch:
-    """The launch that summarises row intervals, and where it puts what it finds."""
+    """The launches that summarise row intervals, and where they put what they find.
+
+    What they find is kept for other calls with the same intervals (``interval_cache``), which launch nothing.
+
+    Attributes:
+        bounds, summary: what ``intervals.summarize_intervals`` writes.
+        listed: what ``intervals.list_tiles`` writes, for the forward kernel; None with ``empty_rows_hide``.
+        grid, arguments, options: of the first launch; ``list_grid`` and so on, of the second.
+    """
 
     def __init__(
         self, inputs: AttentionInputs, window: tuple[int, int], block_m: int, block_n: int, empty_rows_hide: bool
@@ -208,9 +222,18 @@ class SummaryLaunch:
         seqlen_q, seqlen_k = inputs.query.shape[1], inputs.key.shape[1]
         batch = intervals.shape[0]
         tiles = -(-seqlen_q // block_m)
-        memory = torch.empty(batch * tiles * (2 * block_m + config.CARD), dtype=torch.int32, device=intervals.device)
+        n_listed = 0 if empty_rows_hide else config.LISTED * (1 + batch * tiles)
         split = batch * tiles * 2 * block_m
-        self.bounds, self.summary = memory[:split], memory[split:]
+        self.list_at = split + batch * tiles * config.CARD
+        self.size = self.list_at + n_listed
+        self.key = ("hopper summary", window, block_m, block_n, empty_rows_hide, seqlen_q, seqlen_k)
+        self._kept = shared(intervals)
+        memory = None if self._kept is None else self._kept.get(self.key)
+        self.known = memory is not None
+        if memory is None:
+            memory = torch.empty(self.size, dtype=torch.int32, device=intervals.device)
+        self.memory = memory
+        self.bounds, self.summary = memory[:split], memory[split : self.list_at]
         self.grid = (tiles, batch, 1)
         strides = (intervals.stride(0) if batch > 1 else 0, *intervals.stride()[1:])
         self.arguments = (intervals, self.bounds, self.summary, *strides, seqlen_q, seqlen_k, *window)
@@ -218,17 +241,34 @@ class SummaryLaunch:
             "ROWS": block_m, "BLOCK_M": 1 << (block_m - 1).bit_length(), "BLOCK_N": block_n,
             "EMPTY_ROWS_HIDE": empty_rows_hide,
         }  # fmt: skip
+        self.listed = None if empty_rows_hide else memory[self.list_at :]
+        self.list_grid = (batch, 1, 1)
+        self.list_arguments = (self.summary, self.listed, tiles)
+        self.list_options = {"ROWS": block_m, **_CHUNKS}
 
     def run(self) -> Any:
-        """Launch, and return what was compiled."""
-        from .intervals import summarize_intervals
+        """Launch what is not known, and return what was compiled: None, or two kernels (or one and None)."""
+        from .intervals import list_tiles, summarize_intervals
 
-        return summarize_intervals[self.grid](*self.arguments, **self.options, **OPTIONS)
+        if self.known:
+            return None
+        summarize = summarize_intervals[self.grid](*self.arguments, **self.options, **SUMMARY_OPTIONS)
+        listing = None
+        if self.listed is not None:
+            listing = list_tiles[self.list_grid](*self.list_arguments, **self.list_options, **OPTIONS)
+        if self._kept is not None:
+            self._kept[self.key] = self.memory
+        return summarize, listing
 
     def warm_up(self) -> Any:
-        from .intervals import summarize_intervals
+        """Compile, and launch nothing."""
+        from .intervals import list_tiles, summarize_intervals
 
-        return summarize_intervals.warmup(*self.arguments, **self.options, grid=self.grid, **OPTIONS)
+        summarize = summarize_intervals.warmup(*self.arguments, **self.options, grid=self.grid, **SUMMARY_OPTIONS)
+        listing = None
+        if self.listed is not None:
+            listing = list_tiles.warmup(*self.list_arguments, **self.list_options, grid=self.list_grid, **OPTIONS)
+        return summarize, listing
 
 
 def _section(n_heads: int, bytes_of_keys: int) -> int:
@@ -255,9 +295,13 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
         window = _window(inputs, seqlen_q, seqlen_k)
     if mode == INTERVALS:
         summary = SummaryLaunch(inputs, window, plan.block_m, plan.config.block_n, False)
-        bounds, tiles = summary.bounds, summary.summary
+        bounds, tiles = summary.bounds, summary.listed
     n_heads, n_tiles = batch * nheads, -(-seqlen_q // plan.block_m)
-    section = _section(batch * nheads_k, seqlen_k * (head_dim + v_head_dim) * q.itemsize) * (nheads // nheads_k)
+    key_bytes = (head_dim + v_head_dim) * q.itemsize
+    if mode == INTERVALS:
+        section = max(1, IN_FLIGHT // (plan.config.block_n * key_bytes))
+    else:
+        section = _section(batch * nheads_k, seqlen_k * key_bytes) * (nheads // nheads_k)
     factor, cap_factor = (scale * _LOG2E, 0.0)
     if softcap > 0.0:
         # What the kernel's tanh wants: see forward._capped.
@@ -312,8 +356,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 class _Known:
     """All of a call's launches but the addresses, for later calls that differ in nothing else."""
 
-    def __init__(self, out: Tensor, summary: SummaryLaunch | None, summarize: Direct | None, launch: Launch,
-                 main: Direct) -> None:  # fmt: skip
+    def __init__(self, out: Tensor, summary: _KnownSummary | None, launch: Launch, main: Direct) -> None:
         self.out_shape, self.out_dtype, self.device = out.shape, out.dtype, out.device.index
         batch, seqlen_q, nheads, _ = out.shape
         self.lse_shape = (batch, nheads, seqlen_q)
@@ -325,34 +368,57 @@ class _Known:
             for encode, described in zip(main.descriptors, launch.arguments)
         )
         self.numbers = (*launch.arguments[10:], *(None for _ in launch.plan.constexprs))
-        self.summary = None
-        if summary is not None and summarize is not None:
-            memory = summary.bounds.numel() + summary.summary.numel()
-            numbers = (*summary.arguments[3:], *(None for _ in summary.options))
-            self.summary = summarize, memory, 4 * summary.bounds.numel(), summary.grid, numbers
+        self.summary = summary
 
     def launch(self, inputs: AttentionInputs, stream: int, counter: int) -> tuple[Tensor, Tensor]:
         q, mask, sinks = inputs.query, inputs.mask, inputs.sinks
         out, lse = q.new_empty(self.out_shape), q.new_empty(self.lse_shape, dtype=torch.float32)
         out_address = out.data_ptr()
-        bounds = tiles = memory = None
+        bounds = listed = memory = None
         if self.summary is not None:
-            summarize, size, split, grid, numbers = self.summary
             assert mask.row_intervals is not None
-            memory = q.new_empty(size, dtype=torch.int32)
+            memory = self.summary.launch(mask.row_intervals, stream)
             bounds = memory.data_ptr()
-            tiles = bounds + split
-            summarize(grid, stream, mask.row_intervals.data_ptr(), bounds, tiles, *numbers)
+            listed = bounds + self.summary.list_at
         addresses = (q.data_ptr(), inputs.key.data_ptr(), inputs.value.data_ptr(), out_address)
         described: list[Any] = []
         for (encode, shape, strides), address in zip(self.encoders, addresses):
             described += encode(address, shape, strides)
         self.main(
             self.grid, stream, *described, None if memory is None else out_address, lse.data_ptr(), counter, bounds,
-            tiles, None if sinks is None else sinks.data_ptr(), *self.numbers,
+            listed, None if sinks is None else sinks.data_ptr(), *self.numbers,
         )  # fmt: skip
         return out, lse
 
+
+class _KnownSummary:
+    """The launches that summarise row intervals, but for their addresses; with a list (of the forward)."""
+
+    def __init__(self, summary: SummaryLaunch, summarize: Direct, listing: Direct) -> None:
+        self.summarize, self.listing = summarize, listing
+        self.key, self.size, self.grid, self.list_grid = summary.key, summary.size, summary.grid, summary.list_grid
+        self.summary_at, self.list_at = 4 * summary.bounds.numel(), 4 * summary.list_at
+        self.numbers = (*summary.arguments[3:], *(None for _ in summary.options))
+        self.list_numbers = (*summary.list_arguments[2:], *(None for _ in summary.list_options))
+
+    def launch(self, intervals: Tensor, stream: int) -> Tensor:
+        """Bounds, summaries and list; launches nothing where they are known."""
+        kept = shared(intervals)
+        memory: Tensor | None = None if kept is None else kept.get(self.key)
+        if memory is None:
+            memory = intervals.new_empty(self.size)
+            begin = memory.data_ptr()
+            tiles = begin + self.summary_at
+            self.summarize(self.grid, stream, intervals.data_ptr(), begin, tiles, *self.numbers)
+            self.listing(self.list_grid, stream, tiles, begin + self.list_at, *self.list_numbers)
+            if kept is not None:
+                kept[self.key] = memory
+        return memory
+
+
+#: Both kernels that summarise row intervals, by device and options: a call that finds its intervals summarised has not
+#: launched them.
+_summaries: dict[tuple[Any, ...], tuple[Direct | None, ...]] = {}
 
 _known: dict[tuple[Any, ...], _Known] = {}
 _MOST_KNOWN = 1024
@@ -393,12 +459,20 @@ def _remember(
     if launch.key not in plan.directs:
         plan.directs[launch.key] = direct(plan.compiled[launch.key])
     main = plan.directs[launch.key]
-    summarize = None if summary is None else direct(compiled)
-    if main is None or (summary is not None and summarize is None):
+    known = None
+    if summary is not None:
+        key = (out.device.index, *summary.options.values())
+        if compiled is not None and key not in _summaries:
+            _summaries[key] = tuple(direct(kernel) for kernel in compiled)
+        summarize, listing = _summaries.get(key, (None, None))
+        if summarize is None or listing is None:
+            return
+        known = _KnownSummary(summary, summarize, listing)
+    if main is None:
         return
     if len(_known) >= _MOST_KNOWN:
         _known.clear()
-    _known[_likeness(inputs)] = _Known(out, summary, summarize, launch, main)
+    _known[_likeness(inputs)] = _Known(out, known, launch, main)
 
 
 def recall(inputs: AttentionInputs) -> tuple[Tensor, Tensor] | None:

@@ -1,4 +1,5 @@
-"""Row intervals, prepared for the Hopper kernels: bounds of every row, and a summary of every tile of rows."""
+"""Row intervals, prepared for the Hopper kernels: bounds of every row, a summary of every tile of rows, and for the
+forward kernel a list of the tiles that see something."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from ..primitives import NO_KEY, row_bounds, tile_bounds
 from . import config
 
 CARD = tl.constexpr(config.CARD)
+LISTED = tl.constexpr(config.LISTED)
 
 RUNTIME = (
     "intervals_ptr", "bounds_ptr", "summary_ptr", "stride_b", "stride_s", "stride_c", "seqlen_q", "seqlen_k",
@@ -38,7 +40,10 @@ def summarize_intervals(
     Bounds are the intervals met with the window and clamped to the keys there are; rows beyond ``seqlen_q`` are empty.
     A window without a side is wider than both lengths. The summary's fields are named in ``schedule``; the last ones
     are, by 64 rows, the keys that all of these see. EMPTY_ROWS_HIDE: where a row sees nothing there are no keys that
-    all rows see. Otherwise such rows do not count, and the first field says whether there are any.
+    all rows see. Otherwise such rows do not count, the first field says whether there are any, a tile that sees nothing
+    has no blocks, and a last block that reaches beyond the tile's keys is one of those masked at the end.
+
+    Made to run in one warp: its reductions then need no barrier.
     """
     row_tile, batch = tl.program_id(0), tl.program_id(1)
     n_tiles = tl.num_programs(0)
@@ -67,10 +72,14 @@ def summarize_intervals(
     if not EMPTY_ROWS_HIDE:
         full_first = tl.max(tl.where(seen, start, 0), axis=0)
         full_last = tl.min(tl.where(seen, end, NO_KEY), axis=0)
-    # A tile that sees nothing gets one block, wholly masked.
     first = tl.minimum(first, last)
-    n_blocks = tl.maximum((last - first + (BLOCK_N - 1)) // BLOCK_N, 1)
-    n_begin = tl.minimum(tl.maximum(full_first - first + (BLOCK_N - 1), 0) // BLOCK_N, n_blocks)
+    n_blocks = (last - first + (BLOCK_N - 1)) // BLOCK_N
+    if EMPTY_ROWS_HIDE:  # a tile that sees nothing gets one block, wholly masked
+        n_blocks = tl.maximum(n_blocks, 1)
+        most_begin = n_blocks
+    else:
+        most_begin = (last - first) // BLOCK_N
+    n_begin = tl.minimum(tl.maximum(full_first - first + (BLOCK_N - 1), 0) // BLOCK_N, most_begin)
     n_full = tl.maximum(tl.maximum(tl.minimum(full_last, last) - first, 0) // BLOCK_N - n_begin, 0)
 
     # The keys of a tile have no gaps if its rows that see anything follow one another and each meets the one before.
@@ -101,3 +110,53 @@ def summarize_intervals(
             here = here & seen
         tl.store(summary + 10 + 2 * group, tl.max(tl.where(here, whole_first, 0), axis=0))
         tl.store(summary + 11 + 2 * group, tl.min(tl.where(here, whole_last, NO_KEY), axis=0))
+
+
+@triton.jit(do_not_specialize=("summary_ptr", "listed_ptr", "n_tiles"))
+def list_tiles(summary_ptr, listed_ptr, n_tiles, ROWS: tl.constexpr, CHUNK: tl.constexpr, COUNTED: tl.constexpr):
+    """List the tiles of row intervals in the order in which the forward kernel computes them. One program for each
+    batch element of the intervals, whose tiles follow one another, from the last rows to the first.
+
+    The list's head says how many tiles see something; these come first, the others fill it from its end. An entry is
+    the tile's summary with its place: its first row, its batch element (of the intervals), and of the tiles of that
+    element that see something, where the first one stands, how many there are, and how many blocks of keys one of them
+    has at most. CHUNK tiles are listed at a time, COUNTED summaries of earlier batch elements asked.
+    """
+    batch, n_lists = tl.program_id(0), tl.num_programs(0)
+    n_before = batch * n_tiles
+    before = 0  # tiles of earlier batch elements that see something
+    for begin in range(0, n_before, COUNTED):
+        others = begin + tl.arange(0, COUNTED)
+        n_blocks = tl.load(summary_ptr + others * CARD + 1, mask=others < n_before, other=0)
+        before += tl.sum((n_blocks > 0).to(tl.int32), axis=0)
+    summary_ptr += n_before * CARD
+    local = tl.arange(0, CHUNK)
+    size, most = 0, 0
+    for begin in range(0, n_tiles, CHUNK):
+        n_blocks = tl.load(summary_ptr + (begin + local) * CARD + 1, mask=begin + local < n_tiles, other=0)
+        size += tl.sum((n_blocks > 0).to(tl.int32), axis=0)
+        most = tl.maximum(most, tl.max(n_blocks, axis=0))
+    if batch == n_lists - 1:
+        tl.store(listed_ptr, before + size)
+    listed_ptr += LISTED
+    end = n_lists * n_tiles - 1  # where the first tile goes that sees nothing
+    field = tl.arange(0, CARD)[None, :]
+    done = 0
+    for begin in range(0, n_tiles, CHUNK):
+        place = begin + local
+        tile = n_tiles - 1 - place
+        inside = tile >= 0
+        n_blocks = tl.load(summary_ptr + tile * CARD + 1, mask=inside, other=0)
+        seen = (n_blocks > 0).to(tl.int32)
+        rank = done + tl.cumsum(seen, axis=0) - seen
+        done += tl.sum(seen, axis=0)
+        at = tl.where(seen > 0, before + rank, end - (n_before - before) - (place - rank))
+        entry = listed_ptr + at * LISTED
+        known = inside[:, None] & ((field < 7) | (field > 9))
+        numbers = tl.load(summary_ptr + tile[:, None] * CARD + field, mask=known, other=0)
+        numbers = tl.where(field == 7, tile[:, None] * ROWS, numbers)
+        numbers = tl.where(field == 8, batch, numbers)
+        tl.store(entry[:, None] + field, numbers, mask=inside[:, None])
+        tl.store(entry + CARD, before, mask=inside)
+        tl.store(entry + CARD + 1, size, mask=inside)
+        tl.store(entry + CARD + 2, most, mask=inside)

@@ -5,6 +5,10 @@ WINDOW and INTERVALS need more: the warp that claims a tile describes it in shar
 others read that. The forward kernel publishes all of every tile so, on a card: divisions cost a tile of few blocks.
 Blocks that need masking come first: those at the end of the tile's keys, downwards, then those at the beginning,
 upwards; then the blocks that all rows see, downwards. The online softmax does not mind.
+
+Row intervals leave tiles that see nothing. The forward kernel gets a list of the others (``intervals.list_tiles``) and
+numbers only these: batch element by batch element, as many heads at a time as find their keys in the L2 cache together,
+and for these the tiles from the last rows to the first.
 """
 
 from __future__ import annotations
@@ -30,10 +34,15 @@ TILE, N_BLOCKS, N_END, N_BEGIN, FIRST, LAST, GAPS = (gl.constexpr(i) for i in ra
 
 #: A card has these fields (N_BLOCKS is -1 after the last tile; for TILE, with row intervals, whether some rows see
 #: nothing), the tile's place, and from WHOLE on, by warpgroup, the keys [first, last) that all of its rows see that see
-#: anything. Summaries of row intervals leave the place out.
+#: anything. Summaries of row intervals leave the place out; in a list BATCH is that of the intervals, HEAD is not used.
 CARD = gl.constexpr(config.CARD)
 SOME_EMPTY = gl.constexpr(0)
 ROW, BATCH, HEAD, WHOLE = (gl.constexpr(i) for i in range(7, 11))
+
+#: The distance of entries in a list of tiles, and what they say beside the numbers of a card: where the first tile of
+#: the same batch element stands, how many tiles of it are listed, and the most blocks that one of them has.
+LISTED = gl.constexpr(config.LISTED)
+GROUP_FIRST, GROUP_SIZE, GROUP_MOST = (gl.constexpr(config.CARD + i) for i in range(3))
 
 #: How many cards there are. The slowest warp may be q_buffers + k_stages tiles behind the one that publishes them.
 RING = gl.constexpr(config.RING)
@@ -48,11 +57,11 @@ class Problem(NamedTuple):
     nheads: gl.tensor
     group: gl.tensor  # query heads to a key head
     n_heads_total: gl.tensor  # batch * nheads
-    section: gl.tensor  # how many heads are in flight together
+    section: gl.tensor  # how many heads are in flight together; for INTERVALS how many blocks of keys (of a key head)
     window_left: gl.tensor
     window_right: gl.tensor
     bounds_ptr: gl.tensor  # (batch or 1, row tiles * BLOCK_M, 2): rows' keys [start, end)
-    summary_ptr: gl.tensor  # (batch or 1, row tiles, CARD)
+    summary_ptr: gl.tensor  # (1 + (batch or 1) * row tiles, LISTED), a list of tiles
     intervals_batch: gl.tensor  # 0 where all batch elements share their row intervals, else 1
     sinks_ptr: gl.tensor
     sinks_stride: gl.tensor
@@ -65,7 +74,8 @@ class Problem(NamedTuple):
 
 class Tile(NamedTuple):
     """One tile of query rows: its first row, batch element, head, and its blocks of keys; for INTERVALS also the keys
-    that all rows of one warpgroup see (none where that is not known)."""
+    that all rows of one warpgroup see (none where that is not known), and where the last block begins
+    (:func:`loaded_key`)."""
 
     first_row: gl.tensor
     batch: gl.tensor
@@ -76,6 +86,16 @@ class Tile(NamedTuple):
     first_key: gl.tensor
     whole_first: gl.tensor
     whole_last: gl.tensor
+    last_start: gl.tensor
+
+
+class Group(NamedTuple):
+    """The tiles of one batch element in a list."""
+
+    first: gl.tensor  # where they begin
+    size: gl.tensor  # how many they are
+    section: gl.tensor  # how many heads are in flight together
+    end: gl.tensor  # the number of the first tile of the next group
 
 
 @gluon.jit
@@ -172,33 +192,21 @@ def look_up(number, tiles, slot, p, WARPS: gl.constexpr, C: gl.constexpr):
     """The tile ``number``, which lies in ``slot``."""
     first_row, batch, head = place(number, p, C)
     if C.mode < WINDOW:
-        return Tile(first_row, batch, head, _all_keys(first_row, p, C), 0, 0, 0, 0, 0)
+        return Tile(first_row, batch, head, _all_keys(first_row, p, C), 0, 0, 0, 0, 0, 0)
     else:
         at = slot * N_FIELDS
         n_blocks = read(tiles, at + N_BLOCKS, WARPS)
         n_end, n_begin = read(tiles, at + N_END, WARPS), read(tiles, at + N_BEGIN, WARPS)
-        return Tile(first_row, batch, head, n_blocks, n_end, n_begin, read(tiles, at + FIRST, WARPS), 0, 0)
+        return Tile(first_row, batch, head, n_blocks, n_end, n_begin, read(tiles, at + FIRST, WARPS), 0, 0, 0)
 
 
 @gluon.jit
 def publish(number, tiles, slot, p, C: gl.constexpr):
-    """Fill a card with tile ``number``, and return the tile (no warpgroup's). For INTERVALS ``n_blocks`` is 0 where no
-    row sees anything."""
+    """Fill a card with tile ``number``, and return the tile (no warpgroup's). Not for INTERVALS."""
     first_row, batch, head = place(number, p, C)
     at = slot * CARD
     n_end, n_begin, first = 0, 0, 0
-    if C.mode == INTERVALS:
-        BLOCK_M: gl.constexpr = C.consumers * 64
-        LAST_FIELD: gl.constexpr = WHOLE + 2 * C.consumers
-        summary = p.summary_ptr + (batch * p.intervals_batch * n_row_tiles(p, C) + first_row // BLOCK_M) * CARD
-        n_blocks = gl.where(gl.load(summary + LAST) > 0, gl.load(summary + N_BLOCKS), 0)
-        n_end, n_begin, first = gl.load(summary + N_END), gl.load(summary + N_BEGIN), gl.load(summary + FIRST)
-        write(tiles, at + SOME_EMPTY, gl.load(summary + SOME_EMPTY))
-        for field in gl.static_range(LAST, GAPS + 1):
-            write(tiles, at + field, gl.load(summary + field))
-        for field in gl.static_range(WHOLE, LAST_FIELD):
-            write(tiles, at + field, gl.load(summary + field))
-    elif C.mode == WINDOW:
+    if C.mode == WINDOW:
         n_blocks, n_end, n_begin, first = _window_blocks(first_row, p, C)
     else:
         n_blocks = _all_keys(first_row, p, C)
@@ -210,23 +218,90 @@ def publish(number, tiles, slot, p, C: gl.constexpr):
         write(tiles, at + N_END, n_end)
         write(tiles, at + N_BEGIN, n_begin)
         write(tiles, at + FIRST, first)
-    return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, 0, 0)
+    return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, 0, 0, 0)
+
+
+@gluon.jit
+def listed_heads(p):
+    """To how many heads the tiles of one batch element of the row intervals belong."""
+    heads = p.n_heads_total
+    if p.intervals_batch > 0:
+        heads = p.nheads
+    return heads
+
+
+@gluon.jit
+def find_group(number, heads, p):
+    """The group of tile ``number``, which there is."""
+    entry = p.summary_ptr + (1 + number // heads) * LISTED  # of a tile of the group, not that of the number
+    first, size, most = gl.load(entry + GROUP_FIRST), gl.load(entry + GROUP_SIZE), gl.load(entry + GROUP_MOST)
+    # Key heads that share the cache, rounded so that sections are of even size.
+    key_heads = heads // p.group
+    fitting = max(p.section // max(most, 1), 1)
+    n_sections = max((key_heads + fitting // 2) // fitting, 1)
+    section = (key_heads + n_sections - 1) // n_sections * p.group
+    return Group(first, size, section, (first + size) * heads)
+
+
+@gluon.jit
+def _seat(entry, head, heads, p):
+    """``(first row, batch, head)`` of a listed tile for one of the heads of its batch element of the intervals."""
+    head += gl.load(entry + BATCH) * heads
+    return gl.load(entry + ROW), head // p.nheads, head % p.nheads
+
+
+@gluon.jit
+def publish_listed(number, group, heads, tiles, slot, p, C: gl.constexpr):
+    """Fill a card with tile ``number``, which is one of ``group``, and return the tile; for INTERVALS."""
+    LAST_FIELD: gl.constexpr = WHOLE + 2 * C.consumers
+    rest = number - group.first * heads
+    part = rest // (group.section * group.size)
+    rest -= part * (group.section * group.size)
+    head = part * group.section
+    width = min(group.section, heads - head)
+    entry = p.summary_ptr + (1 + group.first + rest // width) * LISTED
+    n_blocks, n_end, n_begin = gl.load(entry + N_BLOCKS), gl.load(entry + N_END), gl.load(entry + N_BEGIN)
+    first, last = gl.load(entry + FIRST), gl.load(entry + LAST)
+    first_row, batch, head = _seat(entry, head + rest % width, heads, p)
+    at = slot * CARD
+    write(tiles, at + SOME_EMPTY, gl.load(entry + SOME_EMPTY))
+    write(tiles, at + N_BLOCKS, n_blocks)
+    write(tiles, at + N_END, n_end)
+    write(tiles, at + N_BEGIN, n_begin)
+    write(tiles, at + FIRST, first)
+    write(tiles, at + LAST, last)
+    write(tiles, at + GAPS, gl.load(entry + GAPS))
+    write(tiles, at + ROW, first_row)
+    write(tiles, at + BATCH, batch)
+    write(tiles, at + HEAD, head)
+    for field in gl.static_range(WHOLE, LAST_FIELD):
+        write(tiles, at + field, gl.load(entry + field))
+    return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, 0, 0, max(last - C.block_n, first))
+
+
+@gluon.jit
+def empty_tile(number, n_units, heads, p):
+    """``(first row, batch, head)`` of one of the tiles that see nothing. They stand at the end of the list."""
+    return _seat(p.summary_ptr + (n_units - number // heads) * LISTED, number % heads, heads, p)
 
 
 @gluon.jit
 def take_card(tiles, slot, W: gl.constexpr, WARPS: gl.constexpr, C: gl.constexpr):
-    """The tile on a card, with the keys that warpgroup W's rows all see. ``n_blocks`` is -1 after the last tile."""
+    """The tile on a card, with the keys that warpgroup W's rows all see. ``n_blocks`` is -1 after the last tile.
+    Warpgroups find out where the last block begins when they need it: they have no register to spare."""
     at = slot * CARD
     n_blocks, first_row = read(tiles, at + N_BLOCKS, WARPS), read(tiles, at + ROW, WARPS)
     batch, head = read(tiles, at + BATCH, WARPS), read(tiles, at + HEAD, WARPS)
-    n_end, n_begin, first, whole_first, whole_last = 0, 0, 0, 0, 0
+    n_end, n_begin, first, whole_first, whole_last, last_start = 0, 0, 0, 0, 0, 0
     if C.mode >= WINDOW:
         n_end, n_begin = read(tiles, at + N_END, WARPS), read(tiles, at + N_BEGIN, WARPS)
         first = read(tiles, at + FIRST, WARPS)
     if C.mode == INTERVALS:
         whole_first = read(tiles, at + (WHOLE + 2 * W), WARPS)
         whole_last = read(tiles, at + (WHOLE + 2 * W + 1), WARPS)
-    return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, whole_first, whole_last)
+        if WARPS == 1:
+            last_start = max(read(tiles, at + LAST, 1) - C.block_n, first)
+    return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, whole_first, whole_last, last_start)
 
 
 @gluon.jit
@@ -241,6 +316,20 @@ def block_key(step, tile, C: gl.constexpr):
         return tile.first_key + block * C.block_n
     else:
         return block * C.block_n
+
+
+@gluon.jit
+def loaded_key(step, tile, C: gl.constexpr):
+    """The first key that is loaded for that block.
+
+    With row intervals the last block does not reach beyond the keys that the tile sees: there may be NaN, by which the
+    weight 0 must not be multiplied. It begins earlier, and what it repeats of the block before is masked
+    (:func:`hide_first`). Only where there is no block before, or with gaps, V has to be cleaned.
+    """
+    key = block_key(step, tile, C)
+    if C.mode == INTERVALS:
+        key = min(key, tile.last_start)
+    return key
 
 
 @gluon.jit
@@ -278,6 +367,23 @@ def hide_outside(
         scores = gl.where(keys[None, :] < end[:, None], scores, float("-inf"))
     if early:
         scores = gl.where(keys[None, :] >= start[:, None], scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def hide_first(
+    scores, start, end, tiles, slot, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
+):  # fmt: skip
+    """:func:`hide_outside` for a tile's first block in the order of steps, for INTERVALS: the one that may begin
+    earlier than its place, since it is the last one by its keys (:func:`loaded_key`)."""
+    place = block_key(0, tile, C)
+    last = read(tiles, slot * CARD + LAST, 4)
+    first_key = min(place, max(last - C.block_n, tile.first_key))
+    keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
+    if first_key + C.block_n > tile.whole_last:
+        scores = gl.where(keys[None, :] < end[:, None], scores, float("-inf"))
+    if first_key < max(tile.whole_first, place):
+        scores = gl.where(keys[None, :] >= gl.maximum(start, place)[:, None], scores, float("-inf"))
     return scores
 
 

@@ -23,6 +23,7 @@ pytest.importorskip("triton")
 from triton.runtime import driver
 
 from hf_flash_plus.inputs import AttentionInputs
+from hf_flash_plus.interval_cache import share
 from hf_flash_plus.kernels import machine_code
 from hf_flash_plus.kernels.hopper import config, forward_launch
 from hf_flash_plus.masks import AttentionMask
@@ -179,10 +180,12 @@ def test_direct_launches(name: str) -> None:
         driver.active.utils = SimpleNamespace(fill_tma_descriptor=lambda *args: ("encoded", *args))
         out, (summary, launch) = torch.empty_like(q), launches(inputs)
         kernel = runnable(launch.warm_up())
-        summarize = None if summary is None else runnable(summary.warm_up())
-        main, before = direct(kernel), None if summarize is None else direct(summarize)
-        assert main is not None and (before is None) == (summary is None)
-        known = forward_launch._Known(out, summary, before, launch, main)
+        summarizing = [] if summary is None else [runnable(compiled) for compiled in summary.warm_up()]
+        main, before = direct(kernel), [direct(compiled) for compiled in summarizing]
+        assert main is not None and None not in before
+        known = forward_launch._Known(
+            out, None if summary is None else forward_launch._KnownSummary(summary, *before), launch, main
+        )
         for fresh in (q.clone(), k.clone()[:, :, :2]):  # other addresses, and the same ones again
             other = replace(inputs, query=fresh) if fresh.shape == q.shape else inputs
             handed.clear()
@@ -190,23 +193,40 @@ def test_direct_launches(name: str) -> None:
             assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, (2, 4, 1153))
             direct_calls, ordinary = list(handed), []
             summary, launch = forward_launch.prepare(other, out, lse)
-            for loaded, grid, arguments in (
-                *([] if summary is None else [(summarize, summary.grid, (*summary.arguments, *summary.options))]),
-                (kernel, (launch.n_programs, 1, 1), (*launch.arguments, *launch.plan.constexprs)),
-            ):
+            expected: list[tuple[Any, ...]] = []
+            if summary is not None:
+                expected = [
+                    (summarizing[0], summary.grid, summary.arguments, summary.options),
+                    (summarizing[1], summary.list_grid, summary.list_arguments, summary.list_options),
+                ]
+            expected += [(kernel, (launch.n_programs, 1, 1), launch.arguments, launch.plan.constexprs)]
+            for loaded, grid, arguments, constexprs in expected:
                 handed.clear()
                 base = (*grid, 5, 11, False, False, None, None, (4, 1, 0), None, None, None)
-                loaded.run.launch(*base, *arguments)
+                loaded.run.launch(*base, *arguments, *constexprs)
                 ordinary.append(handed[0])
-            memory = set() if summary is None else {t.data_ptr() for t in (summary.bounds, summary.summary)}
+            memory = set() if summary is None else _places(summary)
             memory |= {launch.arguments[6].data_ptr()}  # of the counters
-            assert len(direct_calls) == len(ordinary)
-            for ours, theirs, loaded in zip(direct_calls, ordinary, ([summarize] if summary else []) + [kernel]):
+            assert len(direct_calls) == len(ordinary) == len(expected)
+            for ours, theirs, (*_, constexprs) in zip(direct_calls, ordinary, expected):
                 assert len(ours) == len(theirs)
-                n_constexprs = len(summary.options) if loaded is summarize else len(launch.plan.constexprs)
-                for a, b in zip(ours[:-n_constexprs], theirs[:-n_constexprs]):
+                for a, b in zip(ours[: -len(constexprs)], theirs[: -len(constexprs)]):
                     address = b.data_ptr() if isinstance(b, torch.Tensor) else b
                     assert a == address or address in memory, (a, b)
+        if summary is not None:  # what is known of the intervals is not launched again, in either way
+            share(intervals)
+            handed.clear()
+            known.launch(inputs, 5, 99)
+            known.launch(inputs, 5, 99)
+            assert [len(arguments) for arguments in handed] == [len(ours) for ours in (*direct_calls, direct_calls[-1])]
+            anew = forward_launch.prepare(inputs, out, lse)[0]
+            assert anew.known and anew.run() is None
+            places = [anew.bounds.data_ptr(), anew.listed.data_ptr()]
+            assert [given for given in handed[-1] if type(given) is int and given in places] == places
+
+
+def _places(summary: forward_launch.SummaryLaunch) -> set[int]:
+    return {tensor.data_ptr() for tensor in (summary.bounds, summary.summary, summary.listed)}
 
 
 def test_configurations_are_sound() -> None:
@@ -219,6 +239,7 @@ def test_configurations_are_sound() -> None:
         # The ring of slots must not be lapped while V's warp waits at it.
         assert chosen.v_stages <= chosen.k_stages or chosen.free_k_first
         assert 10 + 2 * chosen.consumers <= config.CARD
+        assert config.CARD + 3 <= config.LISTED
         assert not (chosen.turns and chosen.consumers != 2)
 
 

@@ -82,6 +82,13 @@ def test_summary(name: str, consumers: int, empty_rows_hide: bool) -> None:
             shape = SimpleNamespace(mode=config.INTERVALS, block_n=BLOCK_N)
             keys = [int(schedule.block_key.fn(step, tile, shape)) for step in range(n_blocks)]
             assert sorted(keys) == [first + step * BLOCK_N for step in range(n_blocks)] and first >= 0
+            assert n_blocks >= int(empty_rows_hide) and bool(n_blocks) >= bool(some.any())
+            if not empty_rows_hide:
+                # What is loaded (schedule.loaded_key) ends with the tile's keys; only the first step may begin earlier.
+                loaded = [min(key, max(last - BLOCK_N, first)) for key in keys]
+                assert loaded[1:] == keys[1:]
+                assert n_blocks < 2 or max(loaded) + BLOCK_N == last
+                assert not keys or keys[0] == loaded[0] or n_end > 0
             outside = torch.ones_like(some)
             for step, at in enumerate(keys):
                 block = slice(at, at + BLOCK_N)

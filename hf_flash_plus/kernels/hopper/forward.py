@@ -53,7 +53,6 @@ from .schedule import (
     INTERVALS,
     LAST,
     N_BLOCKS,
-    RING,
     SOME_EMPTY,
     WINDOW,
     Group,
@@ -91,7 +90,8 @@ class Shared(NamedTuple):
     v: gl.tensor
     out: gl.tensor
     tiles: gl.tensor  # cards
-    tile_full: gl.tensor  # by card; they are not waited for to be empty (see schedule.RING)
+    bounds: gl.tensor  # by Q's buffer and warpgroup, rows' first keys, then their ends; with ``copy_bounds``
+    tile_full: gl.tensor  # by card; they are not waited for to be empty (see Config.ring)
     q_empty: gl.tensor
     q_full: gl.tensor
     out_full: gl.tensor
@@ -132,13 +132,13 @@ def _wait_tile(sm, t, W: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def _card(sm, t, W: gl.constexpr, WARPS: gl.constexpr, C: gl.constexpr):
     """The program's t-th tile, which is published."""
-    return take_card(sm.tiles, t % RING, W, WARPS, C)
+    return take_card(sm.tiles, t % C.ring, W, WARPS, C)
 
 
 @gluon.jit
 def _await_card(sm, t, C: gl.constexpr):
     """The program's t-th tile once it is published, for one of the warps that load and store."""
-    _wait(sm.tile_full, t, RING)
+    _wait(sm.tile_full, t, C.ring)
     return _card(sm, t, 0, 1, C)
 
 
@@ -181,46 +181,69 @@ def _write_empty_tiles(number, end, n_units, heads, p, C: gl.constexpr):
 
 
 @gluon.jit
-def _claim_and_load_k(k_desc, counter_ptr, sm, p, C: gl.constexpr):
-    """One warp: claims tiles, publishes them, streams K."""
+def _stream_k(k_desc, sm, tile, begin, end, count, p, C: gl.constexpr):
+    """Load the K of a tile's blocks ``begin`` to ``end``; the first is ``count`` of the program's."""
     BYTES: gl.constexpr = k_desc.dtype.primitive_bitwidth // 8 * C.chunk_dim
     CHUNKS: gl.constexpr = C.chunks
+    key_head = tile.head // p.group
+    for i in range(begin, end):
+        mbarrier.wait(sm.k_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
+        full = sm.k_full.index(count % C.k_stages)
+        mbarrier.expect(full, C.block_n * BYTES * C.chunks)
+        key = loaded_key(i, tile, C)
+        for c in gl.static_range(CHUNKS):
+            tma_load(
+                k_desc,
+                [tile.batch, key, key_head, c * C.chunk_dim],
+                full,
+                sm.k.index(count % C.k_stages * C.chunks + c),
+            )
+        count += 1
+    return count
+
+
+@gluon.jit
+def _publish(number, total, group, heads, sm, t, p, C: gl.constexpr):
+    """Publish tile ``number`` as the program's t-th, or that there are no more. Returns the group, for INTERVALS."""
+    if number < total:
+        if C.mode == INTERVALS:
+            if number >= group.end:
+                group = find_group(number, heads, p)
+            publish_listed(number, group, heads, sm.tiles, t % C.ring, p, C)
+        else:
+            publish(number, sm.tiles, t % C.ring, p, C)
+    else:
+        write(sm.tiles, (t % C.ring) * CARD + N_BLOCKS, -1)
+    mbarrier.arrive(sm.tile_full.index(t % C.ring), count=1)
+    return group
+
+
+@gluon.jit
+def _claim_and_load_k(k_desc, counter_ptr, sm, p, C: gl.constexpr):
+    """One warp: claims tiles, publishes them, streams K."""
+    heads = 0
+    group = Group(0, 0, 0, 0)
     if C.mode == INTERVALS:
         heads = listed_heads(p)
         total = gl.load(p.summary_ptr) * heads
-        group = Group(0, 0, 0, 0)
     else:
         total = n_row_tiles(p, C) * p.n_heads_total
     n_programs = gl.num_programs(0)
     count = 0
     t = 0
-    number = gl.program_id(0)
-    while number < total:
+    group = _publish(gl.program_id(0), total, group, heads, sm, 0, p, C)
+    tile = _card(sm, 0, 0, 1, C)
+    while tile.n_blocks >= 0:
         claimed = start_claim(counter_ptr)  # the answer comes while K is loaded
-        if C.mode == INTERVALS:
-            if number >= group.end:
-                group = find_group(number, heads, p)
-            tile = publish_listed(number, group, heads, sm.tiles, t % RING, p, C)
-        else:
-            tile = publish(number, sm.tiles, t % RING, p, C)
-        mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+        before = tile.n_blocks
+        if C.ahead:
+            before = min(before, 1)
+        count = _stream_k(k_desc, sm, tile, 0, before, count, p, C)
         t += 1
-        for i in range(tile.n_blocks):
-            mbarrier.wait(sm.k_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
-            full = sm.k_full.index(count % C.k_stages)
-            mbarrier.expect(full, C.block_n * BYTES * C.chunks)
-            key = loaded_key(i, tile, C)
-            for c in gl.static_range(CHUNKS):
-                tma_load(
-                    k_desc,
-                    [tile.batch, key, tile.head // p.group, c * C.chunk_dim],
-                    full,
-                    sm.k.index(count % C.k_stages * C.chunks + c),
-                )
-            count += 1
-        number = finish_claim(claimed) + n_programs
-    write(sm.tiles, (t % RING) * CARD + N_BLOCKS, -1)
-    mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+        group = _publish(finish_claim(claimed) + n_programs, total, group, heads, sm, t, p, C)
+        if C.ahead:
+            count = _stream_k(k_desc, sm, tile, before, tile.n_blocks, count, p, C)
+        tile = _card(sm, t, 0, 1, C)
     if C.q_buffers > 1:
         # Every slot waits for the K of the next one; this stands for the K after the last.
         mbarrier.wait(sm.k_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
@@ -238,6 +261,7 @@ def _load_q(q_desc, sm, p, C: gl.constexpr):
     BYTES: gl.constexpr = q_desc.dtype.primitive_bitwidth // 8 * C.chunk_dim
     CONSUMERS: gl.constexpr = C.consumers
     CHUNKS: gl.constexpr = C.chunks
+    BOUNDS: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     t = 0
     tile = _await_card(sm, 0, C)
     while tile.n_blocks >= 0:
@@ -249,6 +273,13 @@ def _load_q(q_desc, sm, p, C: gl.constexpr):
             for c in gl.static_range(CHUNKS):
                 row = tile.first_row + w * 64
                 tma_load(q_desc, [tile.batch, row, tile.head, c * C.chunk_dim], full, sm.q.index(buffer * C.chunks + c))
+        if C.copy_bounds:
+            for w in gl.static_range(CONSUMERS):
+                buffer = (t % C.q_buffers) * C.consumers + w
+                start, end = row_bounds(tile, p, w, BOUNDS, C)
+                sm.bounds.index(2 * buffer).store(start)
+                sm.bounds.index(2 * buffer + 1).store(end)
+                mbarrier.arrive(sm.q_full.index(buffer), count=1)
         t += 1
         tile = _await_card(sm, t, C)
     # Consumers wait for a Q, then look at the card: also at the one that says there are no more.
@@ -256,6 +287,8 @@ def _load_q(q_desc, sm, p, C: gl.constexpr):
         buffer = (t % C.q_buffers) * C.consumers + w
         mbarrier.wait(sm.q_empty.index(buffer), ((t // C.q_buffers) & 1) ^ 1)
         mbarrier.arrive(sm.q_full.index(buffer), count=1)
+        if C.copy_bounds:
+            mbarrier.arrive(sm.q_full.index(buffer), count=1)
 
 
 @gluon.jit
@@ -306,8 +339,8 @@ def _load_v(v_desc, sm, p, C: gl.constexpr, PIECE: gl.constexpr):
     tile = _await_card(sm, 0, C)
     while tile.n_blocks >= 0:
         if C.mode == INTERVALS:
-            last = read(sm.tiles, (t % RING) * CARD + LAST, 1)
-            gaps = read(sm.tiles, (t % RING) * CARD + GAPS, 1)
+            last = read(sm.tiles, (t % C.ring) * CARD + LAST, 1)
+            gaps = read(sm.tiles, (t % C.ring) * CARD + GAPS, 1)
         for i in range(tile.n_blocks):
             freed = count - C.v_stages + 1
             if freed >= 0:
@@ -424,6 +457,12 @@ def _first_total(weights, total, decay, C: gl.constexpr):
 
 
 @gluon.jit
+def _bounds_at(t, W: gl.constexpr, C: gl.constexpr):
+    """Where the first keys of W's rows lie, of the program's t-th tile; their ends follow."""
+    return ((t % C.q_buffers) * C.consumers + W) * 2
+
+
+@gluon.jit
 def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
     """O to shared memory, for the warp that stores, and the log-sum-exp to global memory.
 
@@ -434,9 +473,13 @@ def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C:
     ROWS: gl.constexpr = top.type.layout
     weight = total
     if C.mode == INTERVALS:
-        some_empty = read(sm.tiles, (t % RING) * CARD + SOME_EMPTY, 4)
+        some_empty = read(sm.tiles, (t % C.ring) * CARD + SOME_EMPTY, 4)
         if some_empty > 0:
-            row_start, row_end = row_bounds(tile, p, W, ROWS, C)
+            if C.copy_bounds:
+                at = _bounds_at(t, W, C)
+                row_start, row_end = sm.bounds.index(at).load(ROWS), sm.bounds.index(at + 1).load(ROWS)
+            else:
+                row_start, row_end = row_bounds(tile, p, W, ROWS, C)
             empty = row_end <= row_start
             no_top, no_total = _start_softmax(tile, p, ROWS, C)
             top, total = gl.where(empty, no_top, top), gl.where(empty, no_total, total)
@@ -460,9 +503,10 @@ def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C:
 
 @gluon.jit
 def _bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
-    """The bounds of W's rows, for WINDOW and INTERVALS. Found while S is computed, for each block that may need
-    masking: carried along they cost registers in the blocks that do not."""
-    if C.mode == INTERVALS:
+    """The bounds of W's rows, for WINDOW and INTERVALS. Found while S is computed, for each
+    block that may need masking: carried along they cost registers in the blocks that do not. Copied ones are read
+    where they are needed (``schedule.hide_outside``)."""
+    if C.mode == INTERVALS and not C.copy_bounds:
         return row_bounds(tile, p, W, LAYOUT, C)
     elif C.mode == WINDOW:
         return window_bounds(tile, p, W, LAYOUT, C)
@@ -471,11 +515,14 @@ def _bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _hidden(scores, step, tile, row_start, row_end, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+def _hidden(
+    scores, step, sm, t, tile, row_start, row_end, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
+):  # fmt: skip
     """The scores of the block at ``step``, those of hidden keys -inf."""
     first_key = block_key(step, tile, C)
     if C.mode >= WINDOW:
-        scores = hide_outside(scores, first_key, row_start, row_end, tile, p, W, LAYOUT, C)
+        at = _bounds_at(t, W, C)
+        scores = hide_outside(scores, first_key, row_start, row_end, sm.bounds, at, tile, p, W, LAYOUT, C)
     else:
         if needs_hiding(first_key, tile, p, W, C):
             scores = hide(scores, first_key, tile, row_start, row_end, p, W, LAYOUT, C)
@@ -488,9 +535,10 @@ def _first_hidden(
 ):  # fmt: skip
     """The same for the first block of a tile that a warpgroup computes."""
     if C.mode == INTERVALS:
-        return hide_first(scores, row_start, row_end, sm.tiles, t % RING, tile, p, W, LAYOUT, C)
+        at = _bounds_at(t, W, C)
+        return hide_first(scores, row_start, row_end, sm.bounds, at, sm.tiles, t % C.ring, tile, p, W, LAYOUT, C)
     elif C.mode != FULL:
-        return _hidden(scores, skipped, tile, row_start, row_end, p, W, LAYOUT, C)
+        return _hidden(scores, skipped, sm, t, tile, row_start, row_end, p, W, LAYOUT, C)
     else:
         return scores
 
@@ -516,7 +564,7 @@ def _slots(
         _free_k(sm, count, 0, C)
         scores = _capped(scores, p, sm.v.dtype, C)
         if HIDE:
-            scores = _hidden(scores, step, tile, row_start, row_end, p, W, S_LAYOUT, C)
+            scores = _hidden(scores, step, sm, t, tile, row_start, row_end, p, W, S_LAYOUT, C)
         top, decay, weights = softmax_step(scores, top, p.factor, HIDE)
         total = total * decay + gl.sum(weights, 1)
         # A wait with a branch must stand here: ptxas otherwise hoists warpgroup_mma_wait over the exponentials.
@@ -766,8 +814,11 @@ def attention_forward(
     if C.chunks > 1:
         n_out: gl.constexpr = QB * NW * C.chunks * C.chunk_dim // C.v_dim
         out = q._reinterpret(DTYPE, [n_out, 1, 64, 1, C.v_dim], out_desc.layout)
-    CARDS: gl.constexpr = RING
+    CARDS: gl.constexpr = C.ring
     tiles = gl.allocate_shared_memory(gl.int32, [CARDS * CARD, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    bounds = tiles
+    if C.copy_bounds:
+        bounds = gl.allocate_shared_memory(gl.int32, [2 * QB * NW, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     tile_full = gl.allocate_shared_memory(gl.int64, [CARDS, 1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [QB * NW, 1], barrier)
     q_full = gl.allocate_shared_memory(gl.int64, [QB * NW, 1], barrier)
@@ -786,7 +837,7 @@ def attention_forward(
         mbarrier.init(tile_full.index(i), count=1)
     for i in gl.static_range(QB * NW):
         mbarrier.init(q_empty.index(i), count=1)
-        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_full.index(i), count=1 + C.copy_bounds)
         mbarrier.init(out_full.index(i), count=1)
     for i in gl.static_range(KST):
         mbarrier.init(k_full.index(i), count=1)
@@ -797,7 +848,9 @@ def attention_forward(
     mbarrier.init(v_raw.index(0), count=1)
     fence_async_shared()
 
-    sm = Shared(q, k, v, out, tiles, tile_full, q_empty, q_full, out_full, k_full, v_full, v_raw, k_done, slot_done)
+    sm = Shared(
+        q, k, v, out, tiles, bounds, tile_full, q_empty, q_full, out_full, k_full, v_full, v_raw, k_done, slot_done
+    )
     p = Problem(
         seqlen_q, seqlen_k, seqlen_k - seqlen_q, nheads, group, n_heads_total, section, window_left, window_right,
         bounds_ptr, summary_ptr, intervals_batch, sinks_ptr, sinks_stride, out_ptr, out_desc.shape[3], lse_ptr, factor,

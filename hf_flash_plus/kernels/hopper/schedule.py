@@ -44,9 +44,6 @@ ROW, BATCH, HEAD, WHOLE = (gl.constexpr(i) for i in range(7, 11))
 LISTED = gl.constexpr(config.LISTED)
 GROUP_FIRST, GROUP_SIZE, GROUP_MOST = (gl.constexpr(config.CARD + i) for i in range(3))
 
-#: How many cards there are. The slowest warp may be q_buffers + k_stages tiles behind the one that publishes them.
-RING = gl.constexpr(config.RING)
-
 
 class Problem(NamedTuple):
     """The sizes and pointers of a call, as the kernel passes them to its roles."""
@@ -202,7 +199,7 @@ def look_up(number, tiles, slot, p, WARPS: gl.constexpr, C: gl.constexpr):
 
 @gluon.jit
 def publish(number, tiles, slot, p, C: gl.constexpr):
-    """Fill a card with tile ``number``, and return the tile (no warpgroup's). Not for INTERVALS."""
+    """Fill a card with tile ``number``. Not for INTERVALS."""
     first_row, batch, head = place(number, p, C)
     at = slot * CARD
     n_end, n_begin, first = 0, 0, 0
@@ -218,7 +215,6 @@ def publish(number, tiles, slot, p, C: gl.constexpr):
         write(tiles, at + N_END, n_end)
         write(tiles, at + N_BEGIN, n_begin)
         write(tiles, at + FIRST, first)
-    return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, 0, 0, 0)
 
 
 @gluon.jit
@@ -251,32 +247,31 @@ def _seat(entry, head, heads, p):
 
 
 @gluon.jit
-def publish_listed(number, group, heads, tiles, slot, p, C: gl.constexpr):
-    """Fill a card with tile ``number``, which is one of ``group``, and return the tile; for INTERVALS."""
-    LAST_FIELD: gl.constexpr = WHOLE + 2 * C.consumers
+def listed_place(number, group, heads, p):
+    """``(entry, batch, head)`` of tile ``number``, which is one of ``group``: where it is listed, what is to be added
+    to the entry's batch element, and its head."""
     rest = number - group.first * heads
     part = rest // (group.section * group.size)
     rest -= part * (group.section * group.size)
     head = part * group.section
     width = min(group.section, heads - head)
-    entry = p.summary_ptr + (1 + group.first + rest // width) * LISTED
-    n_blocks, n_end, n_begin = gl.load(entry + N_BLOCKS), gl.load(entry + N_END), gl.load(entry + N_BEGIN)
-    first, last = gl.load(entry + FIRST), gl.load(entry + LAST)
-    first_row, batch, head = _seat(entry, head + rest % width, heads, p)
-    at = slot * CARD
-    write(tiles, at + SOME_EMPTY, gl.load(entry + SOME_EMPTY))
-    write(tiles, at + N_BLOCKS, n_blocks)
-    write(tiles, at + N_END, n_end)
-    write(tiles, at + N_BEGIN, n_begin)
-    write(tiles, at + FIRST, first)
-    write(tiles, at + LAST, last)
-    write(tiles, at + GAPS, gl.load(entry + GAPS))
-    write(tiles, at + ROW, first_row)
-    write(tiles, at + BATCH, batch)
-    write(tiles, at + HEAD, head)
-    for field in gl.static_range(WHOLE, LAST_FIELD):
-        write(tiles, at + field, gl.load(entry + field))
-    return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, 0, 0, max(last - C.block_n, first))
+    head += rest % width
+    return 1 + group.first + rest // width, head // p.nheads, head % p.nheads
+
+
+@gluon.jit
+def publish_listed(number, group, heads, tiles, slot, p, C: gl.constexpr):
+    """Fill a card with tile ``number``, which is one of ``group``; for INTERVALS. All fields at once: one by one, some
+    would be loaded only when others are written, each at the latency of the L2 cache."""
+    RING: gl.constexpr = C.ring
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    field = gl.arange(0, CARD, layout)
+    entry, batch, head = listed_place(number, group, heads, p)
+    numbers = gl.load(p.summary_ptr + entry * LISTED + field)
+    numbers = gl.where(field == BATCH, numbers + batch, numbers)
+    numbers = gl.where(field == HEAD, head, numbers)
+    cards = tiles._reinterpret(gl.int32, [RING, CARD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    cards.index(slot).store(numbers)
 
 
 @gluon.jit
@@ -356,23 +351,33 @@ def window_bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexp
 
 
 @gluon.jit
+def _copied(bounds, copied, at, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """Rows' ``bounds`` (their first keys, or ends) as a column, from shared memory at ``at`` if they were copied."""
+    if C.copy_bounds:
+        return copied.index(at).load(gl.SliceLayout(1, LAYOUT))[:, None]
+    else:
+        return bounds[:, None]
+
+
+@gluon.jit
 def hide_outside(
-    scores, first_key, start, end, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
+    scores, first_key, start, end, copied, at, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
 ):  # fmt: skip
-    """Scores of keys outside the rows' bounds to -inf, for WINDOW and INTERVALS. Bounds computed before the scores are
-    there spill a tenth of what :func:`hide` does; most blocks cross one side only, and are spared the other's test."""
+    """Scores of keys outside the rows' bounds to -inf, for WINDOW and INTERVALS. ``copied, at`` are where these lie in
+    shared memory, with ``copy_bounds``. Bounds computed before the scores are there spill a tenth of what :func:`hide`
+    does; most blocks cross one side only, and are spared the other's test."""
     keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
     late, early = hidden_sides(first_key, tile, p, W, C)
     if late:
-        scores = gl.where(keys[None, :] < end[:, None], scores, float("-inf"))
+        scores = gl.where(keys[None, :] < _copied(end, copied, at + 1, LAYOUT, C), scores, float("-inf"))
     if early:
-        scores = gl.where(keys[None, :] >= start[:, None], scores, float("-inf"))
+        scores = gl.where(keys[None, :] >= _copied(start, copied, at, LAYOUT, C), scores, float("-inf"))
     return scores
 
 
 @gluon.jit
 def hide_first(
-    scores, start, end, tiles, slot, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
+    scores, start, end, copied, at, tiles, slot, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
 ):  # fmt: skip
     """:func:`hide_outside` for a tile's first block in the order of steps, for INTERVALS: the one that may begin
     earlier than its place, since it is the last one by its keys (:func:`loaded_key`)."""
@@ -381,9 +386,10 @@ def hide_first(
     first_key = min(place, max(last - C.block_n, tile.first_key))
     keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
     if first_key + C.block_n > tile.whole_last:
-        scores = gl.where(keys[None, :] < end[:, None], scores, float("-inf"))
+        scores = gl.where(keys[None, :] < _copied(end, copied, at + 1, LAYOUT, C), scores, float("-inf"))
     if first_key < max(tile.whole_first, place):
-        scores = gl.where(keys[None, :] >= gl.maximum(start, place)[:, None], scores, float("-inf"))
+        begin = gl.maximum(_copied(start, copied, at, LAYOUT, C), place)
+        scores = gl.where(keys[None, :] >= begin, scores, float("-inf"))
     return scores
 
 

@@ -235,7 +235,7 @@ def test_configurations_are_sound() -> None:
     for dim, mode, short in itertools.product(dims, range(5), (False, True)):
         chosen = config.select(dim, mode, short, False, False)
         # The slowest warp may be this many tiles behind the one that writes cards.
-        assert chosen.q_buffers + chosen.k_stages < config.RING
+        assert chosen.q_buffers + chosen.k_stages < chosen.ring
         # The ring of slots must not be lapped while V's warp waits at it.
         assert chosen.v_stages <= chosen.k_stages or chosen.free_k_first
         assert 10 + 2 * chosen.consumers <= config.CARD

@@ -53,23 +53,20 @@ class _Pointer:
 
 
 @pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, int]]:
-    """``schedule`` as plain Python: numbers instead of tensors. What is written is collected, by field."""
-    cards: list[dict[int, int]] = []
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``schedule`` as plain Python: numbers instead of tensors."""
     monkeypatch.setattr(schedule, "gl", SimpleNamespace(load=_Pointer.load, static_range=range))
     for name, value in vars(schedule).copy().items():
         if name.isupper() and hasattr(value, "value"):
             monkeypatch.setattr(schedule, name, value.value)
-    monkeypatch.setattr(schedule, "write", lambda _, at, value: cards[-1].__setitem__(at, value))
     monkeypatch.setattr(schedule, "_seat", schedule._seat.fn)
-    return cards
 
 
 @pytest.mark.parametrize("blocks_in_flight", [1, 6, 10**6])
 @pytest.mark.parametrize("chunks", [(128, 1024), (4, 2)], ids=["long", "short"])
 @pytest.mark.parametrize("name", CASES)
 def test_list(
-    name: str, chunks: tuple[int, int], blocks_in_flight: int, monkeypatch: pytest.MonkeyPatch, plain: list[Any]
+    name: str, chunks: tuple[int, int], blocks_in_flight: int, monkeypatch: pytest.MonkeyPatch, plain: None
 ) -> None:
     intervals, batch, nheads, group = CASES[name]
     lists, rows, _ = intervals.shape
@@ -89,7 +86,6 @@ def test_list(
         n_heads_total=batch * nheads, nheads=nheads, group=group, section=blocks_in_flight,
         intervals_batch=int(lists > 1), summary_ptr=_Pointer(launch.listed.tolist()),
     )  # fmt: skip
-    shape = SimpleNamespace(consumers=2, block_n=BLOCK_N, mode=config.INTERVALS)
     heads = schedule.listed_heads.fn(p)
     assert heads == batch * nheads // lists
     seen = []
@@ -98,19 +94,17 @@ def test_list(
         if number >= found.end:
             found = schedule.find_group.fn(number, heads, p)
         assert found == schedule.find_group.fn(number, heads, p)
-        plain.append({})
-        tile = schedule.publish_listed.fn(number, found, heads, None, 0, p, shape)
-        card, which = plain[-1], (tile.batch if lists > 1 else 0, tile.first_row // BLOCK_M)
-        described = summary[which].tolist()
-        assert card[schedule.N_BLOCKS] == tile.n_blocks > 0
+        entry, batch_of_heads, head = schedule.listed_place.fn(number, found, heads, p)
+        card = launch.listed[entry * config.LISTED :][: config.CARD].tolist()
+        b, row_tile = card[schedule.BATCH] + batch_of_heads, card[schedule.ROW] // BLOCK_M
+        described = summary[b if lists > 1 else 0, row_tile].tolist()
+        assert card[schedule.N_BLOCKS] > 0 and card[schedule.ROW] % BLOCK_M == 0 and card[schedule.HEAD] == 0
         for field in (*range(7), *range(10, 14)):
             assert card[field] == described[field]
-        assert (card[schedule.ROW], card[schedule.BATCH], card[schedule.HEAD]) == (tile.first_row, *tile[1:3])
-        seen.append((tile.batch, tile.head, tile.first_row // BLOCK_M))
+        seen.append((b, head, row_tile))
         if found.section >= heads and seen[1:]:  # all heads of one row tile after another, from the last to the first
-            assert seen[-2][0] < tile.batch or seen[-2][2] >= seen[-1][2] or lists > 1 or batch > 1
+            assert seen[-2][0] < b or seen[-2][2] >= seen[-1][2] or lists > 1 or batch > 1
         assert found.section % group == 0 and found.section <= heads
-    assert len(plain) == len(seen)
     n_empty = (lists * n_tiles - n_seen) * heads
     empty = [schedule.empty_tile.fn(number, lists * n_tiles, heads, p) for number in range(n_empty)]
     empty = [(b, head, row // BLOCK_M) for row, b, head in empty]

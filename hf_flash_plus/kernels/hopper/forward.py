@@ -226,6 +226,7 @@ def _claim_and_load_k(k_desc, counter_ptr, sm, p, C: gl.constexpr):
     if C.mode == INTERVALS:
         heads = listed_heads(p)
         total = gl.load(p.summary_ptr) * heads
+        group = find_group(gl.program_id(0), heads, p)  # at once, not when the total has come
     else:
         total = n_row_tiles(p, C) * p.n_heads_total
     n_programs = gl.num_programs(0)

@@ -423,7 +423,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         _descriptor(parts.q, block_m, dim), _descriptor(parts.k, keys_n, dim), _descriptor(parts.v, keys_n, v_dim),
         _descriptor(parts.dout, block_m, v_dim), _row_descriptor(buffers.start, block_m),
         _row_descriptor(buffers.minus_delta, block_m), _row_descriptor(row_bounds, block_m),
-        *sums, dk, dv, buffers.entries, buffers.counts, buffers.row_bounds, list_stride, nheads, nheads_k,
+        *sums, dk, dv, buffers.entries, buffers.counts, buffers.summary, list_stride, nheads, nheads_k,
         heads_per_split, parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2),
         parts.n_tiles_q, n_heads, _section(parts) if section is None else section, bounds.right, bounds.left,
         parts.scale, parts.scale * LOG2E, 2.0 * LOG2E * parts.scale / softcap if softcap else 0.0, softcap * LOG2E,
@@ -465,7 +465,8 @@ def dq_rows_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:
     """The launch that brings the sums of dq into rows; ``dq`` begins at the first row that takes part."""
     batch, nheads, _, rows, _ = parts.sizes
     arguments = (
-        buffers.dq_sums, buffers.start, dq, *dq.stride()[:3], nheads, rows, parts.n_tiles_q, parts.scale,
+        buffers.dq_sums, buffers.start, buffers.summary, dq, *dq.stride()[:3], nheads, rows, parts.n_tiles_q,
+        0 if parts.intervals is None else parts.intervals.shape[0], parts.scale,
     )  # fmt: skip
     options = {
         "HEAD_DIM": parts.q.shape[3],

@@ -80,10 +80,13 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
         )
         if listed:
             which = b if buffers.counts.shape[0] > 1 else 0
-            n = int(buffers.counts[which, tile_n])
+            count = int(buffers.counts[which, tile_n])
+            n, covered = count & ((1 << 30) - 1), bool(count >> 30 & 1)
         k = _rows(parts.k, b, k_head, first_key, block_n, dim)
         v = _rows(parts.v, b, k_head, first_key, block_n, parts.v_block_d)
-        if listed:
+        if listed and n == 0:
+            k, v = torch.zeros_like(k), torch.zeros_like(v)  # not read
+        elif listed and not covered:
             k, v = _finite(k), _finite(v)
         dk_sum, dv_sum = torch.zeros_like(k), torch.zeros_like(v)
         first_head = k_head * (nheads // nheads_k) + split * group
@@ -100,8 +103,12 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
                 if listed:
                     start, end = buffers.row_bounds[which][:, row[0]]
                     visible = (key >= start) & (key < end)
+                    hidden = int(buffers.summary[which, 4, tile])
+                    assert dirty == (hidden > 0)
                     if dirty:
-                        q, dout = (torch.where((end > start)[:, None], x, 0.0) for x in (q, dout))
+                        block = torch.arange(block_m) // 8
+                        hides = (end <= start) & (block >= hidden & 255) & (block < hidden >> 8)
+                        q, dout = (torch.where(hides[:, None], 0.0, x) for x in (q, dout))
                 elif bounds.has_left or bounds.has_right:
                     visible = (key <= row + bounds.right) & (key >= row + bounds.left)
                 at = (b * nheads + head) * parts.n_tiles_q + tile

@@ -573,9 +573,9 @@ def backward(
     if known is not None:
         results = known((*given, *(lists or ())))
         if results is not None:
-            dq, dk, dv, delta, *made = results
-            if made and keeping is not None:
-                keeping[lists_key] = Lists(*made)
+            dq, dk, dv, delta, *filled = results
+            if filled and keeping is not None:
+                keeping[lists_key] = Lists(*filled)
             return Gradients(dq, dk[0], dv[0], delta)
     parts = take_apart(inputs, out, softmax_lse, dout, mode, config)
     batch, seqlen_q, nheads, head_dim = q.shape
@@ -604,7 +604,7 @@ def backward(
         launches.append(dq_rows_launch(parts, buffers, dq[:, first_row:]))
     for each in launches:
         each.run()
-    made = ()
+    made: tuple[Tensor, ...] = ()
     if keeping is not None and lists is None:
         assert buffers.row_bounds is not None and buffers.summary is not None
         assert buffers.entries is not None and buffers.counts is not None

@@ -181,11 +181,10 @@ def _producer(
     BOUND_BYTES: gl.constexpr = 2 * ROW_BYTES if LISTED else 0
 
     if LISTED:
-        if n > 0:  # v may have to be cleaned before the first step
+        entry = gl.load(entries_ptr)  # each is asked for a step ahead
+        if n > 0:
             mbarrier.expect(kv_full.index(0), N * HEAD_BYTES)
             _load_tile(k_desc, [batch, first_key, k_head, 0], kv_full.index(0), k_smem, N, BLOCK_D)
-            mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
-            _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
     else:
         mbarrier.expect(kv_full.index(0), N * HEAD_BYTES)
         _load_tile(k_desc, [batch, first_key, k_head, 0], kv_full.index(0), k_smem, N, BLOCK_D)
@@ -204,7 +203,6 @@ def _producer(
                     tile = i + rotation
                     tile = first_tile + gl.where(tile >= n, tile - n, tile)
                 if LISTED:
-                    entry = gl.load(entries_ptr + i)
                     tile = entry & ENTRY_TILE
                     dirty = (entry & ENTRY_DIRTY) != 0
                 row = tile * BLOCK_M
@@ -221,6 +219,9 @@ def _producer(
                     tma.async_copy_global_to_shared(start_desc, [rows_at + row], dirty_full, start_smem.index(stage))
                     _load_tile(dout_desc, [batch, row, head, 0], dirty_full, dout_smem.index(stage), BLOCK_M, BLOCK_D)
                     tma.async_copy_global_to_shared(delta_desc, [rows_at + row], dirty_full, delta_smem.index(stage))
+                    if it == 0:
+                        mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
+                        _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
                     mbarrier.wait(dirty_full, dirty_phase)
                     dirty_phase = dirty_phase ^ 1
                     _zero_hidden_rows(q_blocks, stage, bounds_smem, stage, hidden, BLOCK_M, BLOCK_D)
@@ -237,10 +238,9 @@ def _producer(
                     tma.async_copy_global_to_shared(
                         start_desc, [rows_at + row], q_full.index(stage), start_smem.index(stage)
                     )
-                    if not LISTED:  # noqa: SIM102  (one condition is known at compile time, the other is not)
-                        if it == 0:  # behind the first q: the first product needs k and q only
-                            mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
-                            _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
+                    if it == 0:  # behind the first q: the first product needs k and q only
+                        mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
+                        _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
                     mbarrier.expect(dout_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES)
                     _load_tile(
                         dout_desc, [batch, row, head, 0], dout_full.index(stage), dout_smem.index(stage), BLOCK_M,
@@ -249,6 +249,8 @@ def _producer(
                     tma.async_copy_global_to_shared(
                         delta_desc, [rows_at + row], dout_full.index(stage), delta_smem.index(stage)
                     )
+                if LISTED:
+                    entry = gl.load(entries_ptr + gl.where(i + 1 < n, i + 1, 0))
                 it += 1
     for last in range(max(it, STAGES), it + STAGES):  # leave no barrier half full
         meet("sync", STAGE_BARRIER + last % STAGES)

@@ -121,6 +121,7 @@ def _producer(
     Q_SWIZZLED: gl.constexpr = q_smem.layout
 
     if LISTED:
+        entry = gl.load(entries_ptr)  # each is asked for a step ahead
         if n > 0:  # v may have to be cleaned before the first step
             mbarrier.expect(kv_full.index(0), KEYS * QK_BYTES)
             _load_columns(k_desc, batch, first_key, k_head, 0, kv_full.index(0), k_smem, 0, KEYS, WIDE)
@@ -148,7 +149,6 @@ def _producer(
                     tile = i + rotation
                     tile = first_tile + gl.where(tile >= n, tile - n, tile)
                 if LISTED:
-                    entry = gl.load(entries_ptr + i)
                     tile = entry & ENTRY_TILE
                     dirty = (entry & ENTRY_DIRTY) != 0
                 row = tile * BLOCK_M
@@ -206,6 +206,8 @@ def _producer(
                     mbarrier.expect(full, BLOCK_M * V_BYTES + ROW_BYTES)
                     _load_columns(dout_desc, batch, row, head, 0, full, dout_smem, dout_stage * N_V, BLOCK_M, V_WIDE)
                     tma.async_copy_global_to_shared(delta_desc, [rows_at + row], full, delta_smem.index(dout_stage))
+                if LISTED:
+                    entry = gl.load(entries_ptr + gl.where(i + 1 < n, i + 1, 0))
                 it += 1
     # Leave no barrier half full.
     for last in range(max(it, Q_STAGES), it + Q_STAGES):

@@ -141,8 +141,8 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("feature", ["right_padding", "ends", "packed", "intervals", "one_interval", "nothing"])
 def test_what_is_not_seen(feature: str, dim: int) -> None:
-    """Of row tiles that see nothing no sum is zeroed or read; lists are exact, and where they say that all keys of a tile
-    are seen, they are."""
+    """Of row tiles that see nothing no sum is zeroed or read; lists are exact, and where they say that all keys of a
+    tile are seen, they are."""
     case = replace(BASE, features=(feature,), batch=3, seqlen_q=600, seqlen_k=700, head_dim=dim, v_head_dim=dim)
     built = build(case)
     inputs, intervals = built.inputs, built.inputs.mask.row_intervals

@@ -24,19 +24,22 @@ from .launching import Launch, Plan, descriptor, layout_reason, stride_classes
 #: q, dout and the sums of dq of the heads in flight should stay in the L2 cache together.
 L2_BUDGET = 32 * 2**20
 #: Programs in flight together under row intervals, for each core. By simulation, padded B8 S2048: D128 H16/4 420 -> 335
-#: us, D64 H32/8 396 -> 373; 0 to 2 percent without groups.
+#: us, D64 H32/8 396 -> 373; 0 to 2 percent without groups. One H200, with 1, 2, 4, 8: padded B8 S2048 D128 H16/4 461,
+#: 427, 459, 460 us and H16 440, 439, 484, 592; one list for all heads (8 documents in 16384) D128 H16/4 838, 824, 797,
+#: 797, H16 820, 809, 808, 796, D64 H32/8 965, 956, 932, 881.
 LISTED_WAVES = 2
+LISTED_WAVES_OF_ONE_LIST = 8
 PADDED = 128  # rows are padded to a multiple of this
 NO_BOUND = 2**30
 
 #: How dq comes about: from a kernel of its own (bitwise repeatable), or by additions in any order.
 MODES = {"split": 0, "unordered": 1}
 
-#: Where rows see few keys, the sums of dq cost more than the two products that "split" computes twice. Up to this many
-#: keys a row, by padded head dimension, a call is "split" also where nobody asked for repeatable gradients.
-#: TFLOP/s of the whole backward on an H100, split / unordered, D128: B32 S512 causal 191 / 176, full 310 / 263;
-#: B4 S4096 causal 474 / 531, full 505 / 580. At 64 columns the border is an estimate from the times at S4096.
-#: Wider heads have no kernel for dq.
+#: Up to this many keys a row, by padded head dimension, a call is "split", and so repeatable, also where nobody asked for
+#: that: it costs less than 10 percent there. Microseconds of the whole backward on an H200, split / unordered, 16384 rows:
+#: D128 H16 S256 causal 330 / 342, full 356 / 378; S512 causal 411 / 396, full 513 / 488; D64 H32 S256 causal 417 / 410,
+#: full 429 / 436; S512 causal 511 / 481, full 627 / 583. More under row intervals: padded S512 369 / 329 and 476 / 403.
+#: (On an H100 split was up to 18 percent faster at S512.) Wider heads have no kernel for dq.
 SPLIT_KEYS = {128: 512, 64: 256}
 
 LOG2E = 1.4426950408889634
@@ -129,14 +132,14 @@ def backward_reason(inputs: AttentionInputs) -> str | None:
 
 
 def _keys_of_a_row(inputs: AttentionInputs) -> int:
-    """How many keys rows see on average, by the flags; with row intervals a guess."""
+    """How many keys rows see on average, by the flags; with row intervals more than they can, see :data:`SPLIT_KEYS`."""
     mask, rows, keys = inputs.mask, inputs.query.shape[1], inputs.key.shape[1]
+    if mask.row_intervals is not None:
+        return 2 * keys
     left, right = mask.window
     if mask.causal:
         right = 0
     seen = keys if right < 0 else max(keys - rows // 2, keys // 2)
-    if mask.row_intervals is not None:
-        seen = keys // 2
     return min(seen, left + max(right, 0) + 1) if left >= 0 else seen
 
 
@@ -408,7 +411,10 @@ def _section(parts: Parts) -> int:
     # Under row intervals programs differ more, and many may have no work.
     listed = parts.intervals is not None
     if listed or (parts.bounds.has_right and not parts.bounds.has_left):
-        n_programs = (LISTED_WAVES if listed else 1) * tiles.device_info(parts.q.device).n_cores
+        waves = 1
+        if parts.intervals is not None:
+            waves = LISTED_WAVES if parts.intervals.shape[0] > 1 else LISTED_WAVES_OF_ONE_LIST
+        n_programs = waves * tiles.device_info(parts.q.device).n_cores
         section = max(section, n_programs // parts.n_tiles_k)
         even = (size for size in range(section, 2 * section + 1) if n_heads % size == 0)
         section = n_heads if section >= n_heads else next(even, section)

@@ -35,11 +35,11 @@ NO_BOUND = 2**30
 #: How dq comes about: from a kernel of its own (bitwise repeatable), or by additions in any order.
 MODES = {"split": 0, "unordered": 1}
 
-#: Up to this many keys a row, by padded head dimension, a call is "split", and so repeatable, also where nobody asked for
-#: that: it costs less than 10 percent there. Microseconds of the whole backward on an H200, split / unordered, 16384 rows:
-#: D128 H16 S256 causal 330 / 342, full 356 / 378; S512 causal 411 / 396, full 513 / 488; D64 H32 S256 causal 417 / 410,
-#: full 429 / 436; S512 causal 511 / 481, full 627 / 583. More under row intervals: padded S512 369 / 329 and 476 / 403.
-#: (On an H100 split was up to 18 percent faster at S512.) Wider heads have no kernel for dq.
+#: Up to this many keys a row, by padded head dimension, a call is "split", and so repeatable, also where nobody asked
+#: for that: it costs less than 10 percent there. Microseconds of the whole backward on an H200, split / unordered, 16384
+#: rows: D128 H16 S256 causal 330 / 342, full 356 / 378; S512 causal 411 / 396, full 513 / 488; D64 H32 S256 causal
+#: 417 / 410, full 429 / 436; S512 causal 511 / 481, full 627 / 583. More under row intervals: padded S512 369 / 329 and
+#: 476 / 403. (On an H100 split was up to 18 percent faster at S512.) Wider heads have no kernel for dq.
 SPLIT_KEYS = {128: 512, 64: 256}
 
 LOG2E = 1.4426950408889634
@@ -132,7 +132,7 @@ def backward_reason(inputs: AttentionInputs) -> str | None:
 
 
 def _keys_of_a_row(inputs: AttentionInputs) -> int:
-    """How many keys rows see on average, by the flags; with row intervals more than they can, see :data:`SPLIT_KEYS`."""
+    """How many keys rows see on average, by the flags; with row intervals twice what there are (:data:`SPLIT_KEYS`)."""
     mask, rows, keys = inputs.mask, inputs.query.shape[1], inputs.key.shape[1]
     if mask.row_intervals is not None:
         return 2 * keys

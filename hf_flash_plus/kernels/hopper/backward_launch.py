@@ -36,10 +36,10 @@ NO_BOUND = 2**30
 MODES = {"split": 0, "unordered": 1}
 
 #: Up to this many keys a row, by padded head dimension, a call is "split", and so repeatable, also where nobody asked
-#: for that: it costs less than 10 percent there. Microseconds of the whole backward on an H200, split / unordered, 16384
-#: rows: D128 H16 S256 causal 330 / 342, full 356 / 378; S512 causal 411 / 396, full 513 / 488; D64 H32 S256 causal
-#: 417 / 410, full 429 / 436; S512 causal 511 / 481, full 627 / 583. More under row intervals: padded S512 369 / 329 and
-#: 476 / 403. (On an H100 split was up to 18 percent faster at S512.) Wider heads have no kernel for dq.
+#: for that: it costs less than 10 percent there. Microseconds of the whole backward on an H200, split / unordered:
+#: D128 B64 H16 S256 causal 330 / 342, full 356 / 378; B32 S512 causal 411 / 396, full 513 / 488; D64 H32 S256 causal
+#: 417 / 410, full 429 / 436; S512 causal 511 / 481, full 627 / 583. More under row intervals: padded S512 369 / 329
+#: and 476 / 403. (On an H100 split was up to 18 percent faster at S512.) Wider heads have no kernel for dq.
 SPLIT_KEYS = {128: 512, 64: 256}
 
 LOG2E = 1.4426950408889634

@@ -13,15 +13,12 @@ from typing import Any
 #: INTERVALS: from a tensor.
 FULL, TAIL, CAUSAL, WINDOW, INTERVALS = range(5)
 
-#: Numbers in the description of a tile of row intervals (see ``schedule``).
-CARD = 16
+#: Numbers in the description of a tile of row intervals (see ``schedule``), and how many tiles are described at a time.
+CARD, RING = 16, 8
 
 #: Numbers of an entry in the list of tiles of row intervals (see ``intervals.list_tiles``), and of the list's head: 128
 #: bytes, of which some are not used.
 LISTED = 32
-
-#: Switches that measurements decide.
-AHEAD, COPY_BOUNDS, TURNS = True, True, True
 
 #: Causal calls of up to this many keys spend so much of their time between tiles that other tiles and buffers pay.
 SHORT_CAUSAL = 1024
@@ -43,10 +40,9 @@ class Config:
         free_k_first: K is freed as soon as its scores are there; else together with V of the block before.
         out_step: O lies in Q's memory; the distance of two warpgroups' O in units of O.
         turns: two warpgroups start their matrix products in turn.
-        ahead: a tile is published when the first K of the one before is loaded, not after its last.
-        copy_bounds: rows' bounds come with Q, into shared memory, for INTERVALS.
-        ring: how many tiles are described at a time. The slowest warp may be ``q_buffers + k_stages`` tiles behind the
-            one that publishes them.
+        listed: for INTERVALS: only tiles that see something are numbered (they are listed by a launch of its own), each
+            is published as soon as the first K of the one before is under way, and rows' bounds come with Q, into
+            shared memory. Else all tiles are numbered, as in other modes.
         mode: FULL, TAIL, CAUSAL, WINDOW or INTERVALS.
         softcap, sinks: the call has them.
         consumer_registers, other_registers: per thread of the warps that compute and of the others.
@@ -64,9 +60,7 @@ class Config:
     free_k_first: bool
     out_step: int
     turns: bool
-    ahead: bool
-    copy_bounds: bool
-    ring: int
+    listed: bool
     mode: int
     softcap: bool
     sinks: bool
@@ -116,7 +110,7 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
         shape = two | {
             "block_n": 128, "chunks": 1, "chunk_dim": 128, "q_buffers": 2, "k_stages": 2, "v_stages": 3,
             "free_k_first": True,
-            "turns": mode != WINDOW and (TURNS or not described),  # 0 to 2 %; costs 1 % at head dimension 64
+            "turns": not described,  # 0 to 2 %; costs 1 % at head dimension 64
         }  # fmt: skip
         if mode == CAUSAL and short:  # 304 against 294 at B32 S512; longer ones lose up to 3 %
             shape |= {"q_buffers": 3, "v_stages": 2, "free_k_first": False, "early_free": True}
@@ -131,9 +125,7 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
         shape = two | {
             "block_n": 64, "chunks": 1, "chunk_dim": 256, "q_buffers": 1, "k_stages": 3, "v_stages": 2,
         }  # fmt: skip
-    ahead, copy_bounds = AHEAD and mode == INTERVALS, COPY_BOUNDS and mode == INTERVALS
-    # Two Q, two K and three V of head dimension 128 leave no room for bounds and 8 cards.
-    ring = 6 if copy_bounds and dims == (128, 128) else 8
-    return Config(
-        v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, ahead=ahead, copy_bounds=copy_bounds, ring=ring, **shape
-    )  # fmt: skip
+    # One H200, padded B8 S2048 and S4096 with half of the tokens, 16 odd documents: 211 to 199 us, 642 to 622, 430 to
+    # 375 at head dimension 64; at 128 the first two become 2 and 5 % slower, larger ones were not measured.
+    listed = mode == INTERVALS and dims == (64, 64)
+    return Config(v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, listed=listed, **shape)

@@ -3,7 +3,8 @@
 ``_claim_and_load_k`` (one warp) takes tiles of query rows from a counter, publishes each on a card, and streams K;
 ``_load_q`` and ``_load_v`` (one warp each) load Q and stream V; ``_consume`` (two or three warpgroups of 64 rows each)
 computes; ``_store`` (one warp) sends O, which consumers leave where the tile's Q lay. They meet at mbarriers in shared
-memory (:class:`Shared`). Tiles that see nothing are not claimed: ``_store`` writes the program's share of them.
+memory (:class:`Shared`). With ``Config.listed`` tiles that see nothing are not claimed: ``_store`` writes the program's
+share of them.
 
 A consumer's slot overlaps the softmax of one block of keys with the product of the previous one's weights and V::
 
@@ -53,19 +54,17 @@ from .schedule import (
     INTERVALS,
     LAST,
     N_BLOCKS,
+    RING,
     SOME_EMPTY,
     WINDOW,
-    Group,
     Problem,
     block_key,
     empty_tile,
     find_group,
     hide,
-    hide_first,
     hide_outside,
     leading_hidden,
     listed_heads,
-    loaded_key,
     n_row_tiles,
     needs_hiding,
     publish,
@@ -90,8 +89,8 @@ class Shared(NamedTuple):
     v: gl.tensor
     out: gl.tensor
     tiles: gl.tensor  # cards
-    bounds: gl.tensor  # by Q's buffer and warpgroup, rows' first keys, then their ends; with ``copy_bounds``
-    tile_full: gl.tensor  # by card; they are not waited for to be empty (see Config.ring)
+    bounds: gl.tensor  # by Q's buffer and warpgroup, rows' first keys, then their ends; with ``listed``
+    tile_full: gl.tensor  # by card; they are not waited for to be empty (see schedule.RING)
     q_empty: gl.tensor
     q_full: gl.tensor
     out_full: gl.tensor
@@ -132,13 +131,13 @@ def _wait_tile(sm, t, W: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def _card(sm, t, W: gl.constexpr, WARPS: gl.constexpr, C: gl.constexpr):
     """The program's t-th tile, which is published."""
-    return take_card(sm.tiles, t % C.ring, W, WARPS, C)
+    return take_card(sm.tiles, t % RING, W, WARPS, C)
 
 
 @gluon.jit
 def _await_card(sm, t, C: gl.constexpr):
     """The program's t-th tile once it is published, for one of the warps that load and store."""
-    _wait(sm.tile_full, t, C.ring)
+    _wait(sm.tile_full, t, RING)
     return _card(sm, t, 0, 1, C)
 
 
@@ -147,19 +146,27 @@ def _write_nothing(first_row, batch, head, p, C: gl.constexpr):
     """O and log-sum-exp of a tile whose rows see no keys, written by one warp."""
     BLOCK_M: gl.constexpr = C.consumers * 64
     PIECES: gl.constexpr = C.v_dim // 8  # of a row, 16 bytes each
-    ROWS: gl.constexpr = 32 // PIECES  # at a time
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    piece = gl.arange(0, 32, flat)
-    column = piece % PIECES * 8
-    row = first_row + piece // PIECES
-    at = ((batch.to(gl.int64) * p.seqlen_q + row) * p.nheads + head) * p.v_head_dim + column
-    step = (p.nheads * p.v_head_dim).to(gl.int64) * ROWS
-    end = gl.where(column < p.v_head_dim, p.seqlen_q, 0)
-    for _ in range(BLOCK_M // ROWS // 8):
-        for _ in gl.static_range(8):
-            write_zeros(p.out_ptr + at, row < end)
-            at += step
-            row += ROWS
+    if C.listed:  # a piece for each thread at a time, from few numbers: the warp that stores O does this on the side
+        ROWS: gl.constexpr = 32 // PIECES
+        piece = gl.arange(0, 32, flat)
+        column = piece % PIECES * 8
+        row = first_row + piece // PIECES
+        at = ((batch.to(gl.int64) * p.seqlen_q + row) * p.nheads + head) * p.v_head_dim + column
+        step = (p.nheads * p.v_head_dim).to(gl.int64) * ROWS
+        end = gl.where(column < p.v_head_dim, p.seqlen_q, 0)
+        for _ in range(BLOCK_M // ROWS // 8):
+            for _ in gl.static_range(8):
+                write_zeros(p.out_ptr + at, row < end)
+                at += step
+                row += ROWS
+    else:
+        piece = gl.arange(0, 8 * PIECES, flat)
+        column = piece % PIECES * 8
+        for part in range(BLOCK_M // 8):
+            row = first_row + part * 8 + piece // PIECES
+            at = ((batch.to(gl.int64) * p.seqlen_q + row) * p.nheads + head) * p.v_head_dim + column
+            write_zeros(p.out_ptr + at, (row < p.seqlen_q) & (column < p.v_head_dim))
     value = float("-inf")
     if C.sinks:
         value = gl.load(p.sinks_ptr + head * p.sinks_stride).to(gl.float32)
@@ -185,16 +192,15 @@ def _stream_k(k_desc, sm, tile, begin, end, count, p, C: gl.constexpr):
     """Load the K of a tile's blocks ``begin`` to ``end``; the first is ``count`` of the program's."""
     BYTES: gl.constexpr = k_desc.dtype.primitive_bitwidth // 8 * C.chunk_dim
     CHUNKS: gl.constexpr = C.chunks
-    key_head = tile.head // p.group
     for i in range(begin, end):
         mbarrier.wait(sm.k_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
         full = sm.k_full.index(count % C.k_stages)
         mbarrier.expect(full, C.block_n * BYTES * C.chunks)
-        key = loaded_key(i, tile, C)
+        key = block_key(i, tile, C)
         for c in gl.static_range(CHUNKS):
             tma_load(
                 k_desc,
-                [tile.batch, key, key_head, c * C.chunk_dim],
+                [tile.batch, key, tile.head // p.group, c * C.chunk_dim],
                 full,
                 sm.k.index(count % C.k_stages * C.chunks + c),
             )
@@ -203,55 +209,76 @@ def _stream_k(k_desc, sm, tile, begin, end, count, p, C: gl.constexpr):
 
 
 @gluon.jit
-def _publish(number, total, group, heads, sm, t, p, C: gl.constexpr):
-    """Publish tile ``number`` as the program's t-th, or that there are no more. Returns the group, for INTERVALS."""
-    if number < total:
-        if C.mode == INTERVALS:
-            if number >= group.end:
-                group = find_group(number, heads, p)
-            publish_listed(number, group, heads, sm.tiles, t % C.ring, p, C)
+def _claim_numbered(k_desc, counter_ptr, sm, p, C: gl.constexpr):
+    """Claim tiles among all there are, publish them, stream K; write those that see nothing. Returns how many K."""
+    total = n_row_tiles(p, C) * p.n_heads_total
+    n_programs = gl.num_programs(0)
+    count = 0
+    t = 0
+    number = gl.program_id(0)
+    while number < total:
+        claimed = start_claim(counter_ptr)  # the answer comes while K is loaded
+        tile = publish(number, sm.tiles, t % RING, p, C)
+        if C.mode == INTERVALS and tile.n_blocks == 0:
+            _write_nothing(tile.first_row, tile.batch, tile.head, p, C)
         else:
-            publish(number, sm.tiles, t % C.ring, p, C)
+            mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+            t += 1
+        count = _stream_k(k_desc, sm, tile, 0, tile.n_blocks, count, p, C)
+        number = finish_claim(claimed) + n_programs
+    write(sm.tiles, (t % RING) * CARD + N_BLOCKS, -1)
+    mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+    return count
+
+
+@gluon.jit
+def _publish_listed(number, total, group, heads, sm, t, p):
+    """Publish tile ``number`` as the program's t-th, or that there are no more. Returns its group."""
+    if number < total:
+        if number >= group.end:
+            group = find_group(number, heads, p)
+        publish_listed(number, group, heads, sm.tiles, t % RING, p)
     else:
-        write(sm.tiles, (t % C.ring) * CARD + N_BLOCKS, -1)
-    mbarrier.arrive(sm.tile_full.index(t % C.ring), count=1)
+        write(sm.tiles, (t % RING) * CARD + N_BLOCKS, -1)
+    mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
     return group
+
+
+@gluon.jit
+def _claim_listed(k_desc, counter_ptr, sm, p, C: gl.constexpr):
+    """The same among those that see something. Each is published when the first K of the one before is under way."""
+    heads = listed_heads(p)
+    total = gl.load(p.summary_ptr) * heads
+    group = find_group(gl.program_id(0), heads, p)  # at once, not when the total has come
+    n_programs = gl.num_programs(0)
+    count = 0
+    t = 0
+    group = _publish_listed(gl.program_id(0), total, group, heads, sm, 0, p)
+    tile = _card(sm, 0, 0, 1, C)
+    while tile.n_blocks >= 0:
+        claimed = start_claim(counter_ptr)  # the answer comes while K is loaded
+        count = _stream_k(k_desc, sm, tile, 0, 1, count, p, C)
+        t += 1
+        group = _publish_listed(finish_claim(claimed) + n_programs, total, group, heads, sm, t, p)
+        count = _stream_k(k_desc, sm, tile, 1, tile.n_blocks, count, p, C)
+        tile = _card(sm, t, 0, 1, C)
+    return count
 
 
 @gluon.jit
 def _claim_and_load_k(k_desc, counter_ptr, sm, p, C: gl.constexpr):
     """One warp: claims tiles, publishes them, streams K."""
-    heads = 0
-    group = Group(0, 0, 0, 0)
-    if C.mode == INTERVALS:
-        heads = listed_heads(p)
-        total = gl.load(p.summary_ptr) * heads
-        group = find_group(gl.program_id(0), heads, p)  # at once, not when the total has come
+    if C.listed:
+        count = _claim_listed(k_desc, counter_ptr, sm, p, C)
     else:
-        total = n_row_tiles(p, C) * p.n_heads_total
-    n_programs = gl.num_programs(0)
-    count = 0
-    t = 0
-    group = _publish(gl.program_id(0), total, group, heads, sm, 0, p, C)
-    tile = _card(sm, 0, 0, 1, C)
-    while tile.n_blocks >= 0:
-        claimed = start_claim(counter_ptr)  # the answer comes while K is loaded
-        before = tile.n_blocks
-        if C.ahead:
-            before = min(before, 1)
-        count = _stream_k(k_desc, sm, tile, 0, before, count, p, C)
-        t += 1
-        group = _publish(finish_claim(claimed) + n_programs, total, group, heads, sm, t, p, C)
-        if C.ahead:
-            count = _stream_k(k_desc, sm, tile, before, tile.n_blocks, count, p, C)
-        tile = _card(sm, t, 0, 1, C)
+        count = _claim_numbered(k_desc, counter_ptr, sm, p, C)
     if C.q_buffers > 1:
         # Every slot waits for the K of the next one; this stands for the K after the last.
         mbarrier.wait(sm.k_done.index(count % C.k_stages), ((count // C.k_stages) & 1) ^ 1)
         mbarrier.arrive(sm.k_full.index(count % C.k_stages), count=1)
     # The last program leaves both counters at zero for the next launch.
     done = gl.atomic_add(counter_ptr + 1, 1)
-    if done == n_programs - 1:
+    if done == gl.num_programs(0) - 1:
         gl.atomic_xchg(counter_ptr, 0)
         gl.atomic_xchg(counter_ptr + 1, 0)
 
@@ -274,7 +301,7 @@ def _load_q(q_desc, sm, p, C: gl.constexpr):
             for c in gl.static_range(CHUNKS):
                 row = tile.first_row + w * 64
                 tma_load(q_desc, [tile.batch, row, tile.head, c * C.chunk_dim], full, sm.q.index(buffer * C.chunks + c))
-        if C.copy_bounds:
+        if C.listed:
             for w in gl.static_range(CONSUMERS):
                 buffer = (t % C.q_buffers) * C.consumers + w
                 start, end = row_bounds(tile, p, w, BOUNDS, C)
@@ -288,7 +315,7 @@ def _load_q(q_desc, sm, p, C: gl.constexpr):
         buffer = (t % C.q_buffers) * C.consumers + w
         mbarrier.wait(sm.q_empty.index(buffer), ((t // C.q_buffers) & 1) ^ 1)
         mbarrier.arrive(sm.q_full.index(buffer), count=1)
-        if C.copy_bounds:
+        if C.listed:
             mbarrier.arrive(sm.q_full.index(buffer), count=1)
 
 
@@ -340,15 +367,15 @@ def _load_v(v_desc, sm, p, C: gl.constexpr, PIECE: gl.constexpr):
     tile = _await_card(sm, 0, C)
     while tile.n_blocks >= 0:
         if C.mode == INTERVALS:
-            last = read(sm.tiles, (t % C.ring) * CARD + LAST, 1)
-            gaps = read(sm.tiles, (t % C.ring) * CARD + GAPS, 1)
+            last = read(sm.tiles, (t % RING) * CARD + LAST, 1)
+            gaps = read(sm.tiles, (t % RING) * CARD + GAPS, 1)
         for i in range(tile.n_blocks):
             freed = count - C.v_stages + 1
             if freed >= 0:
                 _wait(sm.slot_done, freed, slots(C))
             stage = count % C.v_stages
             full = sm.v_full.index(stage)
-            key = loaded_key(i, tile, C)
+            key = block_key(i, tile, C)
             where = [tile.batch, key, tile.head // p.group, 0]
             if C.mode == INTERVALS:
                 if (key + C.block_n > last) | ((gaps > 0) & (i < tile.n_end + tile.n_begin)):
@@ -371,10 +398,10 @@ def _load_v(v_desc, sm, p, C: gl.constexpr, PIECE: gl.constexpr):
 
 @gluon.jit
 def _store(out_desc, sm, p, C: gl.constexpr):
-    """One warp: sends each finished O, then frees the buffer for the next Q. While a tile is computed it writes some of
-    those that see nothing, in proportion, so that their bytes go out beside all products."""
+    """One warp: sends each finished O, then frees the buffer for the next Q. With ``listed`` it writes, while a tile is
+    computed, some of those that see nothing, in proportion, so that their bytes go out beside all products."""
     CONSUMERS: gl.constexpr = C.consumers
-    if C.mode == INTERVALS:
+    if C.listed:
         heads = listed_heads(p)
         n_units = n_row_tiles(p, C) * (p.n_heads_total // heads)
         n_seen = gl.load(p.summary_ptr)
@@ -385,7 +412,7 @@ def _store(out_desc, sm, p, C: gl.constexpr):
     tile = _await_card(sm, 0, C)
     while tile.n_blocks >= 0:
         buffer = t % C.q_buffers
-        if C.mode == INTERVALS:
+        if C.listed:
             empty = _write_empty_tiles(empty, min(empty + share, n_empty), n_units, heads, p, C)
         for w in gl.static_range(CONSUMERS):
             at = buffer * C.consumers + w
@@ -398,7 +425,7 @@ def _store(out_desc, sm, p, C: gl.constexpr):
             mbarrier.arrive(sm.q_empty.index(buffer * C.consumers + w), count=1)
         t += 1
         tile = _await_card(sm, t, C)
-    if C.mode == INTERVALS:
+    if C.listed:
         _write_empty_tiles(empty, n_empty, n_units, heads, p, C)
 
 
@@ -474,9 +501,9 @@ def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C:
     ROWS: gl.constexpr = top.type.layout
     weight = total
     if C.mode == INTERVALS:
-        some_empty = read(sm.tiles, (t % C.ring) * CARD + SOME_EMPTY, 4)
+        some_empty = read(sm.tiles, (t % RING) * CARD + SOME_EMPTY, 4)
         if some_empty > 0:
-            if C.copy_bounds:
+            if C.listed:
                 at = _bounds_at(t, W, C)
                 row_start, row_end = sm.bounds.index(at).load(ROWS), sm.bounds.index(at + 1).load(ROWS)
             else:
@@ -504,10 +531,10 @@ def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C:
 
 @gluon.jit
 def _bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
-    """The bounds of W's rows, for WINDOW and INTERVALS. Found while S is computed, for each
-    block that may need masking: carried along they cost registers in the blocks that do not. Copied ones are read
-    where they are needed (``schedule.hide_outside``)."""
-    if C.mode == INTERVALS and not C.copy_bounds:
+    """The bounds of W's rows, for WINDOW and INTERVALS. Found while S is computed, for each block that may need
+    masking: carried along they cost registers in the blocks that do not. With ``listed`` they are read where they are
+    needed (``schedule.hide_outside``)."""
+    if C.mode == INTERVALS and not C.listed:
         return row_bounds(tile, p, W, LAYOUT, C)
     elif C.mode == WINDOW:
         return window_bounds(tile, p, W, LAYOUT, C)
@@ -528,20 +555,6 @@ def _hidden(
         if needs_hiding(first_key, tile, p, W, C):
             scores = hide(scores, first_key, tile, row_start, row_end, p, W, LAYOUT, C)
     return scores
-
-
-@gluon.jit
-def _first_hidden(
-    scores, skipped, sm, t, tile, row_start, row_end, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
-):  # fmt: skip
-    """The same for the first block of a tile that a warpgroup computes."""
-    if C.mode == INTERVALS:
-        at = _bounds_at(t, W, C)
-        return hide_first(scores, row_start, row_end, sm.bounds, at, sm.tiles, t % C.ring, tile, p, W, LAYOUT, C)
-    elif C.mode != FULL:
-        return _hidden(scores, skipped, sm, t, tile, row_start, row_end, p, W, LAYOUT, C)
-    else:
-        return scores
 
 
 @gluon.jit
@@ -633,7 +646,8 @@ def _consume_one_by_one(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
         scores = warpgroup_mma_wait(0, deps=[scores])
         _free_k(sm, count, skipped, C)
         scores = _capped(scores, p, sm.v.dtype, C)
-        scores = _first_hidden(scores, skipped, sm, t, tile, row_start, row_end, p, W, S_LAYOUT, C)
+        if C.mode != FULL:
+            scores = _hidden(scores, skipped, sm, t, tile, row_start, row_end, p, W, S_LAYOUT, C)
         top, decay, weights = softmax_step(scores, top, p.factor, MAY_BE_EMPTY)
         total = _first_total(weights, total, decay, C)
         pairs = pack(weights, BLOCK_N, sm.v.dtype)
@@ -685,7 +699,8 @@ def _consume_overlapped(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
     scores = warpgroup_mma_wait(0, deps=[scores])
     _free_k(sm, 0, skipped, C)
     scores = _capped(scores, p, sm.v.dtype, C)
-    scores = _first_hidden(scores, skipped, sm, 0, tile, row_start, row_end, p, W, S_LAYOUT, C)
+    if C.mode != FULL:
+        scores = _hidden(scores, skipped, sm, 0, tile, row_start, row_end, p, W, S_LAYOUT, C)
     top, decay, weights = softmax_step(scores, top, p.factor, MAY_BE_EMPTY)
     total = _first_total(weights, total, decay, C)
     pairs = pack(weights, BLOCK_N, sm.v.dtype)
@@ -721,7 +736,8 @@ def _consume_overlapped(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
             scores = warpgroup_mma_wait(1, deps=[next_scores])
             _free_k(sm, count, skipped, C)
             scores = _capped(scores, p, sm.v.dtype, C)
-            scores = _first_hidden(scores, skipped, sm, t + 1, next_tile, row_start, row_end, p, W, S_LAYOUT, C)
+            if C.mode != FULL:
+                scores = _hidden(scores, skipped, sm, t + 1, next_tile, row_start, row_end, p, W, S_LAYOUT, C)
             next_top, decay, weights = softmax_step(scores, next_top, p.factor, MAY_BE_EMPTY)
             next_total = _first_total(weights, next_total, decay, C)
             _wait_tile(sm, t + 1, W, C)  # long over; keeps warpgroup_mma_wait behind the exponentials
@@ -756,7 +772,7 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
     if C.q_buffers == 1:
         _consume_one_by_one(tile, sm, p, W, C)
     elif C.mode == INTERVALS:
-        if tile.n_blocks >= 0:  # else there are fewer tiles that see something than programs
+        if tile.n_blocks >= 0:  # else no tile of this program sees anything
             _consume_overlapped(tile, sm, p, W, C)
     else:
         _consume_overlapped(tile, sm, p, W, C)
@@ -815,10 +831,10 @@ def attention_forward(
     if C.chunks > 1:
         n_out: gl.constexpr = QB * NW * C.chunks * C.chunk_dim // C.v_dim
         out = q._reinterpret(DTYPE, [n_out, 1, 64, 1, C.v_dim], out_desc.layout)
-    CARDS: gl.constexpr = C.ring
+    CARDS: gl.constexpr = RING
     tiles = gl.allocate_shared_memory(gl.int32, [CARDS * CARD, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bounds = tiles
-    if C.copy_bounds:
+    if C.listed:
         bounds = gl.allocate_shared_memory(gl.int32, [2 * QB * NW, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     tile_full = gl.allocate_shared_memory(gl.int64, [CARDS, 1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [QB * NW, 1], barrier)
@@ -838,7 +854,7 @@ def attention_forward(
         mbarrier.init(tile_full.index(i), count=1)
     for i in gl.static_range(QB * NW):
         mbarrier.init(q_empty.index(i), count=1)
-        mbarrier.init(q_full.index(i), count=1 + C.copy_bounds)
+        mbarrier.init(q_full.index(i), count=1 + C.listed)
         mbarrier.init(out_full.index(i), count=1)
     for i in gl.static_range(KST):
         mbarrier.init(k_full.index(i), count=1)

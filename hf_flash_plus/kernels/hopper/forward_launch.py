@@ -37,7 +37,6 @@ IN_FLIGHT = 16 * 2**20
 
 #: Compiler options. Fusion is the default of Triton up to 3.9; the scale belongs into the exponent's multiply-add.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-SUMMARY_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 _LOG2E = 1.4426950408889634
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -210,23 +209,29 @@ class SummaryLaunch:
 
     Attributes:
         bounds, summary: what ``intervals.summarize_intervals`` writes.
-        listed: what ``intervals.list_tiles`` writes, for the forward kernel; None with ``empty_rows_hide``.
+        listed: what ``intervals.list_tiles`` writes, for a forward kernel that wants it, else None.
         grid, arguments, options: of the first launch; ``list_grid`` and so on, of the second.
     """
 
     def __init__(
-        self, inputs: AttentionInputs, window: tuple[int, int], block_m: int, block_n: int, empty_rows_hide: bool
+        self,
+        inputs: AttentionInputs,
+        window: tuple[int, int],
+        block_m: int,
+        block_n: int,
+        empty_rows_hide: bool,
+        listed: bool = False,
     ) -> None:
         intervals = inputs.mask.row_intervals
         assert intervals is not None
         seqlen_q, seqlen_k = inputs.query.shape[1], inputs.key.shape[1]
         batch = intervals.shape[0]
         tiles = -(-seqlen_q // block_m)
-        n_listed = 0 if empty_rows_hide else config.LISTED * (1 + batch * tiles)
+        n_listed = config.LISTED * (1 + batch * tiles) if listed else 0
         split = batch * tiles * 2 * block_m
         self.list_at = split + batch * tiles * config.CARD
         self.size = self.list_at + n_listed
-        self.key = ("hopper summary", window, block_m, block_n, empty_rows_hide, seqlen_q, seqlen_k)
+        self.key = ("hopper summary", window, block_m, block_n, empty_rows_hide, listed, seqlen_q, seqlen_k)
         self._kept = shared(intervals)
         memory = None if self._kept is None else self._kept.get(self.key)
         self.known = memory is not None
@@ -241,18 +246,18 @@ class SummaryLaunch:
             "ROWS": block_m, "BLOCK_M": 1 << (block_m - 1).bit_length(), "BLOCK_N": block_n,
             "EMPTY_ROWS_HIDE": empty_rows_hide,
         }  # fmt: skip
-        self.listed = None if empty_rows_hide else memory[self.list_at :]
+        self.listed = memory[self.list_at :] if listed else None
         self.list_grid = (batch, 1, 1)
         self.list_arguments = (self.summary, self.listed, tiles)
         self.list_options = {"ROWS": block_m, **_CHUNKS}
 
     def run(self) -> Any:
-        """Launch what is not known, and return what was compiled: None, or two kernels (or one and None)."""
+        """Launch what is not known, and return what was compiled: None, or as :meth:`warm_up`."""
         from .intervals import list_tiles, summarize_intervals
 
         if self.known:
             return None
-        summarize = summarize_intervals[self.grid](*self.arguments, **self.options, **SUMMARY_OPTIONS)
+        summarize = summarize_intervals[self.grid](*self.arguments, **self.options, **OPTIONS)
         listing = None
         if self.listed is not None:
             listing = list_tiles[self.list_grid](*self.list_arguments, **self.list_options, **OPTIONS)
@@ -261,10 +266,10 @@ class SummaryLaunch:
         return summarize, listing
 
     def warm_up(self) -> Any:
-        """Compile, and launch nothing."""
+        """Compile, and launch nothing. Returns the kernel that summarises, and the one that lists or None."""
         from .intervals import list_tiles, summarize_intervals
 
-        summarize = summarize_intervals.warmup(*self.arguments, **self.options, grid=self.grid, **SUMMARY_OPTIONS)
+        summarize = summarize_intervals.warmup(*self.arguments, **self.options, grid=self.grid, **OPTIONS)
         listing = None
         if self.listed is not None:
             listing = list_tiles.warmup(*self.list_arguments, **self.list_options, grid=self.list_grid, **OPTIONS)
@@ -294,11 +299,11 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
     if mode >= WINDOW:
         window = _window(inputs, seqlen_q, seqlen_k)
     if mode == INTERVALS:
-        summary = SummaryLaunch(inputs, window, plan.block_m, plan.config.block_n, False)
-        bounds, tiles = summary.bounds, summary.listed
+        summary = SummaryLaunch(inputs, window, plan.block_m, plan.config.block_n, False, plan.config.listed)
+        bounds, tiles = summary.bounds, summary.summary if summary.listed is None else summary.listed
     n_heads, n_tiles = batch * nheads, -(-seqlen_q // plan.block_m)
     key_bytes = (head_dim + v_head_dim) * q.itemsize
-    if mode == INTERVALS:
+    if plan.config.listed:
         section = max(1, IN_FLIGHT // (plan.config.block_n * key_bytes))
     else:
         section = _section(batch * nheads_k, seqlen_k * key_bytes) * (nheads // nheads_k)
@@ -374,27 +379,27 @@ class _Known:
         q, mask, sinks = inputs.query, inputs.mask, inputs.sinks
         out, lse = q.new_empty(self.out_shape), q.new_empty(self.lse_shape, dtype=torch.float32)
         out_address = out.data_ptr()
-        bounds = listed = memory = None
+        bounds = tiles = memory = None
         if self.summary is not None:
             assert mask.row_intervals is not None
             memory = self.summary.launch(mask.row_intervals, stream)
             bounds = memory.data_ptr()
-            listed = bounds + self.summary.list_at
+            tiles = bounds + (self.summary.summary_at if self.summary.listing is None else self.summary.list_at)
         addresses = (q.data_ptr(), inputs.key.data_ptr(), inputs.value.data_ptr(), out_address)
         described: list[Any] = []
         for (encode, shape, strides), address in zip(self.encoders, addresses):
             described += encode(address, shape, strides)
         self.main(
             self.grid, stream, *described, None if memory is None else out_address, lse.data_ptr(), counter, bounds,
-            listed, None if sinks is None else sinks.data_ptr(), *self.numbers,
+            tiles, None if sinks is None else sinks.data_ptr(), *self.numbers,
         )  # fmt: skip
         return out, lse
 
 
 class _KnownSummary:
-    """The launches that summarise row intervals, but for their addresses; with a list (of the forward)."""
+    """The launches that summarise row intervals (``listing`` only where these are listed), but for the addresses."""
 
-    def __init__(self, summary: SummaryLaunch, summarize: Direct, listing: Direct) -> None:
+    def __init__(self, summary: SummaryLaunch, summarize: Direct, listing: Direct | None) -> None:
         self.summarize, self.listing = summarize, listing
         self.key, self.size, self.grid, self.list_grid = summary.key, summary.size, summary.grid, summary.list_grid
         self.summary_at, self.list_at = 4 * summary.bounds.numel(), 4 * summary.list_at
@@ -402,22 +407,23 @@ class _KnownSummary:
         self.list_numbers = (*summary.list_arguments[2:], *(None for _ in summary.list_options))
 
     def launch(self, intervals: Tensor, stream: int) -> Tensor:
-        """Bounds, summaries and list; launches nothing where they are known."""
+        """Bounds, summaries and maybe a list; launches nothing where they are known."""
         kept = shared(intervals)
         memory: Tensor | None = None if kept is None else kept.get(self.key)
         if memory is None:
-            memory = intervals.new_empty(self.size)
+            memory = intervals.new_empty(self.size, dtype=torch.int32)
             begin = memory.data_ptr()
             tiles = begin + self.summary_at
             self.summarize(self.grid, stream, intervals.data_ptr(), begin, tiles, *self.numbers)
-            self.listing(self.list_grid, stream, tiles, begin + self.list_at, *self.list_numbers)
+            if self.listing is not None:
+                self.listing(self.list_grid, stream, tiles, begin + self.list_at, *self.list_numbers)
             if kept is not None:
                 kept[self.key] = memory
         return memory
 
 
-#: Both kernels that summarise row intervals, by device and options: a call that finds its intervals summarised has not
-#: launched them.
+#: The kernels that summarise and list row intervals, by device and options: a call that finds its intervals summarised
+#: has not launched them.
 _summaries: dict[tuple[Any, ...], tuple[Direct | None, ...]] = {}
 
 _known: dict[tuple[Any, ...], _Known] = {}
@@ -461,11 +467,11 @@ def _remember(
     main = plan.directs[launch.key]
     known = None
     if summary is not None:
-        key = (out.device.index, *summary.options.values())
+        key = (out.device.index, summary.listed is not None, *summary.options.values())
         if compiled is not None and key not in _summaries:
-            _summaries[key] = tuple(direct(kernel) for kernel in compiled)
+            _summaries[key] = tuple(None if kernel is None else direct(kernel) for kernel in compiled)
         summarize, listing = _summaries.get(key, (None, None))
-        if summarize is None or listing is None:
+        if summarize is None or (summary.listed is not None and listing is None):
             return
         known = _KnownSummary(summary, summarize, listing)
     if main is None:

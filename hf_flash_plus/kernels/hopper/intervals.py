@@ -1,5 +1,5 @@
-"""Row intervals, prepared for the Hopper kernels: bounds of every row, a summary of every tile of rows, and for the
-forward kernel a list of the tiles that see something."""
+"""Row intervals, prepared for the Hopper kernels: bounds of every row, a summary of every tile of rows, and for some of
+the forward kernels a list of the tiles that see something."""
 
 from __future__ import annotations
 
@@ -40,10 +40,7 @@ def summarize_intervals(
     Bounds are the intervals met with the window and clamped to the keys there are; rows beyond ``seqlen_q`` are empty.
     A window without a side is wider than both lengths. The summary's fields are named in ``schedule``; the last ones
     are, by 64 rows, the keys that all of these see. EMPTY_ROWS_HIDE: where a row sees nothing there are no keys that
-    all rows see. Otherwise such rows do not count, the first field says whether there are any, a tile that sees nothing
-    has no blocks, and a last block that reaches beyond the tile's keys is one of those masked at the end.
-
-    Made to run in one warp: its reductions then need no barrier.
+    all rows see. Otherwise such rows do not count, and the first field says whether there are any.
     """
     row_tile, batch = tl.program_id(0), tl.program_id(1)
     n_tiles = tl.num_programs(0)
@@ -72,14 +69,10 @@ def summarize_intervals(
     if not EMPTY_ROWS_HIDE:
         full_first = tl.max(tl.where(seen, start, 0), axis=0)
         full_last = tl.min(tl.where(seen, end, NO_KEY), axis=0)
+    # A tile that sees nothing gets one block, wholly masked.
     first = tl.minimum(first, last)
-    n_blocks = (last - first + (BLOCK_N - 1)) // BLOCK_N
-    if EMPTY_ROWS_HIDE:  # a tile that sees nothing gets one block, wholly masked
-        n_blocks = tl.maximum(n_blocks, 1)
-        most_begin = n_blocks
-    else:
-        most_begin = (last - first) // BLOCK_N
-    n_begin = tl.minimum(tl.maximum(full_first - first + (BLOCK_N - 1), 0) // BLOCK_N, most_begin)
+    n_blocks = tl.maximum((last - first + (BLOCK_N - 1)) // BLOCK_N, 1)
+    n_begin = tl.minimum(tl.maximum(full_first - first + (BLOCK_N - 1), 0) // BLOCK_N, n_blocks)
     n_full = tl.maximum(tl.maximum(tl.minimum(full_last, last) - first, 0) // BLOCK_N - n_begin, 0)
 
     # The keys of a tile have no gaps if its rows that see anything follow one another and each meets the one before.
@@ -112,6 +105,13 @@ def summarize_intervals(
         tl.store(summary + 11 + 2 * group, tl.min(tl.where(here, whole_last, NO_KEY), axis=0))
 
 
+@triton.jit
+def _blocks(summary, inside):
+    """How many blocks of keys tiles have: 0 where no row sees anything (their summaries say 1)."""
+    last = tl.load(summary + 5, mask=inside, other=0)
+    return tl.where(last > 0, tl.load(summary + 1, mask=inside, other=0), 0)
+
+
 @triton.jit(do_not_specialize=("summary_ptr", "listed_ptr", "n_tiles"))
 def list_tiles(summary_ptr, listed_ptr, n_tiles, ROWS: tl.constexpr, CHUNK: tl.constexpr, COUNTED: tl.constexpr):
     """List the tiles of row intervals in the order in which the forward kernel computes them. One program for each
@@ -127,13 +127,13 @@ def list_tiles(summary_ptr, listed_ptr, n_tiles, ROWS: tl.constexpr, CHUNK: tl.c
     before = 0  # tiles of earlier batch elements that see something
     for begin in range(0, n_before, COUNTED):
         others = begin + tl.arange(0, COUNTED)
-        n_blocks = tl.load(summary_ptr + others * CARD + 1, mask=others < n_before, other=0)
+        n_blocks = _blocks(summary_ptr + others * CARD, others < n_before)
         before += tl.sum((n_blocks > 0).to(tl.int32), axis=0)
     summary_ptr += n_before * CARD
     local = tl.arange(0, CHUNK)
     size, most = 0, 0
     for begin in range(0, n_tiles, CHUNK):
-        n_blocks = tl.load(summary_ptr + (begin + local) * CARD + 1, mask=begin + local < n_tiles, other=0)
+        n_blocks = _blocks(summary_ptr + (begin + local) * CARD, begin + local < n_tiles)
         size += tl.sum((n_blocks > 0).to(tl.int32), axis=0)
         most = tl.maximum(most, tl.max(n_blocks, axis=0))
     if batch == n_lists - 1:
@@ -146,7 +146,7 @@ def list_tiles(summary_ptr, listed_ptr, n_tiles, ROWS: tl.constexpr, CHUNK: tl.c
         place = begin + local
         tile = n_tiles - 1 - place
         inside = tile >= 0
-        n_blocks = tl.load(summary_ptr + tile * CARD + 1, mask=inside, other=0)
+        n_blocks = _blocks(summary_ptr + tile * CARD, inside)
         seen = (n_blocks > 0).to(tl.int32)
         rank = done + tl.cumsum(seen, axis=0) - seen
         done += tl.sum(seen, axis=0)

@@ -6,9 +6,9 @@ others read that. The forward kernel publishes all of every tile so, on a card: 
 Blocks that need masking come first: those at the end of the tile's keys, downwards, then those at the beginning,
 upwards; then the blocks that all rows see, downwards. The online softmax does not mind.
 
-Row intervals leave tiles that see nothing. The forward kernel gets a list of the others (``intervals.list_tiles``) and
-numbers only these: batch element by batch element, as many heads at a time as find their keys in the L2 cache together,
-and for these the tiles from the last rows to the first.
+Row intervals leave tiles that see nothing. With ``Config.listed`` the forward kernel gets a list of the others
+(``intervals.list_tiles``) and numbers only these: batch element by batch element, as many heads at a time as find their
+keys in the L2 cache together, and for these the tiles from the last rows to the first.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ CARD = gl.constexpr(config.CARD)
 SOME_EMPTY = gl.constexpr(0)
 ROW, BATCH, HEAD, WHOLE = (gl.constexpr(i) for i in range(7, 11))
 
+#: How many cards there are. The slowest warp may be q_buffers + k_stages tiles behind the one that publishes them.
+RING = gl.constexpr(config.RING)
+
 #: The distance of entries in a list of tiles, and what they say beside the numbers of a card: where the first tile of
 #: the same batch element stands, how many tiles of it are listed, and the most blocks that one of them has.
 LISTED = gl.constexpr(config.LISTED)
@@ -54,11 +57,11 @@ class Problem(NamedTuple):
     nheads: gl.tensor
     group: gl.tensor  # query heads to a key head
     n_heads_total: gl.tensor  # batch * nheads
-    section: gl.tensor  # how many heads are in flight together; for INTERVALS how many blocks of keys (of a key head)
+    section: gl.tensor  # how many heads are in flight together; with ``listed`` how many blocks of keys (of a key head)
     window_left: gl.tensor
     window_right: gl.tensor
     bounds_ptr: gl.tensor  # (batch or 1, row tiles * BLOCK_M, 2): rows' keys [start, end)
-    summary_ptr: gl.tensor  # (1 + (batch or 1) * row tiles, LISTED), a list of tiles
+    summary_ptr: gl.tensor  # (batch or 1, row tiles, CARD); with ``listed`` the list, (1 + tiles, LISTED)
     intervals_batch: gl.tensor  # 0 where all batch elements share their row intervals, else 1
     sinks_ptr: gl.tensor
     sinks_stride: gl.tensor
@@ -71,8 +74,7 @@ class Problem(NamedTuple):
 
 class Tile(NamedTuple):
     """One tile of query rows: its first row, batch element, head, and its blocks of keys; for INTERVALS also the keys
-    that all rows of one warpgroup see (none where that is not known), and where the last block begins
-    (:func:`loaded_key`)."""
+    that all rows of one warpgroup see (none where that is not known)."""
 
     first_row: gl.tensor
     batch: gl.tensor
@@ -83,7 +85,6 @@ class Tile(NamedTuple):
     first_key: gl.tensor
     whole_first: gl.tensor
     whole_last: gl.tensor
-    last_start: gl.tensor
 
 
 class Group(NamedTuple):
@@ -189,21 +190,33 @@ def look_up(number, tiles, slot, p, WARPS: gl.constexpr, C: gl.constexpr):
     """The tile ``number``, which lies in ``slot``."""
     first_row, batch, head = place(number, p, C)
     if C.mode < WINDOW:
-        return Tile(first_row, batch, head, _all_keys(first_row, p, C), 0, 0, 0, 0, 0, 0)
+        return Tile(first_row, batch, head, _all_keys(first_row, p, C), 0, 0, 0, 0, 0)
     else:
         at = slot * N_FIELDS
         n_blocks = read(tiles, at + N_BLOCKS, WARPS)
         n_end, n_begin = read(tiles, at + N_END, WARPS), read(tiles, at + N_BEGIN, WARPS)
-        return Tile(first_row, batch, head, n_blocks, n_end, n_begin, read(tiles, at + FIRST, WARPS), 0, 0, 0)
+        return Tile(first_row, batch, head, n_blocks, n_end, n_begin, read(tiles, at + FIRST, WARPS), 0, 0)
 
 
 @gluon.jit
 def publish(number, tiles, slot, p, C: gl.constexpr):
-    """Fill a card with tile ``number``. Not for INTERVALS."""
+    """Fill a card with tile ``number``, and return the tile (no warpgroup's). For INTERVALS ``n_blocks`` is 0 where no
+    row sees anything."""
     first_row, batch, head = place(number, p, C)
     at = slot * CARD
     n_end, n_begin, first = 0, 0, 0
-    if C.mode == WINDOW:
+    if C.mode == INTERVALS:
+        BLOCK_M: gl.constexpr = C.consumers * 64
+        LAST_FIELD: gl.constexpr = WHOLE + 2 * C.consumers
+        summary = p.summary_ptr + (batch * p.intervals_batch * n_row_tiles(p, C) + first_row // BLOCK_M) * CARD
+        n_blocks = gl.where(gl.load(summary + LAST) > 0, gl.load(summary + N_BLOCKS), 0)
+        n_end, n_begin, first = gl.load(summary + N_END), gl.load(summary + N_BEGIN), gl.load(summary + FIRST)
+        write(tiles, at + SOME_EMPTY, gl.load(summary + SOME_EMPTY))
+        for field in gl.static_range(LAST, GAPS + 1):
+            write(tiles, at + field, gl.load(summary + field))
+        for field in gl.static_range(WHOLE, LAST_FIELD):
+            write(tiles, at + field, gl.load(summary + field))
+    elif C.mode == WINDOW:
         n_blocks, n_end, n_begin, first = _window_blocks(first_row, p, C)
     else:
         n_blocks = _all_keys(first_row, p, C)
@@ -215,6 +228,7 @@ def publish(number, tiles, slot, p, C: gl.constexpr):
         write(tiles, at + N_END, n_end)
         write(tiles, at + N_BEGIN, n_begin)
         write(tiles, at + FIRST, first)
+    return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, 0, 0)
 
 
 @gluon.jit
@@ -240,13 +254,6 @@ def find_group(number, heads, p):
 
 
 @gluon.jit
-def _seat(entry, head, heads, p):
-    """``(first row, batch, head)`` of a listed tile for one of the heads of its batch element of the intervals."""
-    head += gl.load(entry + BATCH) * heads
-    return gl.load(entry + ROW), head // p.nheads, head % p.nheads
-
-
-@gluon.jit
 def listed_place(number, group, heads, p):
     """``(entry, batch, head)`` of tile ``number``, which is one of ``group``: where it is listed, what is to be added
     to the entry's batch element, and its head."""
@@ -260,10 +267,9 @@ def listed_place(number, group, heads, p):
 
 
 @gluon.jit
-def publish_listed(number, group, heads, tiles, slot, p, C: gl.constexpr):
-    """Fill a card with tile ``number``, which is one of ``group``; for INTERVALS. All fields at once: one by one, some
-    would be loaded only when others are written, each at the latency of the L2 cache."""
-    RING: gl.constexpr = C.ring
+def publish_listed(number, group, heads, tiles, slot, p):
+    """Fill a card with tile ``number``, which is one of ``group``. All fields at once: one by one, some would be loaded
+    only when others are written, each at the latency of the L2 cache."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     field = gl.arange(0, CARD, layout)
     entry, batch, head = listed_place(number, group, heads, p)
@@ -277,26 +283,25 @@ def publish_listed(number, group, heads, tiles, slot, p, C: gl.constexpr):
 @gluon.jit
 def empty_tile(number, n_units, heads, p):
     """``(first row, batch, head)`` of one of the tiles that see nothing. They stand at the end of the list."""
-    return _seat(p.summary_ptr + (n_units - number // heads) * LISTED, number % heads, heads, p)
+    entry = p.summary_ptr + (n_units - number // heads) * LISTED
+    head = gl.load(entry + BATCH) * heads + number % heads  # counted through all batch elements
+    return gl.load(entry + ROW), head // p.nheads, head % p.nheads
 
 
 @gluon.jit
 def take_card(tiles, slot, W: gl.constexpr, WARPS: gl.constexpr, C: gl.constexpr):
-    """The tile on a card, with the keys that warpgroup W's rows all see. ``n_blocks`` is -1 after the last tile.
-    Warpgroups find out where the last block begins when they need it: they have no register to spare."""
+    """The tile on a card, with the keys that warpgroup W's rows all see. ``n_blocks`` is -1 after the last tile."""
     at = slot * CARD
     n_blocks, first_row = read(tiles, at + N_BLOCKS, WARPS), read(tiles, at + ROW, WARPS)
     batch, head = read(tiles, at + BATCH, WARPS), read(tiles, at + HEAD, WARPS)
-    n_end, n_begin, first, whole_first, whole_last, last_start = 0, 0, 0, 0, 0, 0
+    n_end, n_begin, first, whole_first, whole_last = 0, 0, 0, 0, 0
     if C.mode >= WINDOW:
         n_end, n_begin = read(tiles, at + N_END, WARPS), read(tiles, at + N_BEGIN, WARPS)
         first = read(tiles, at + FIRST, WARPS)
     if C.mode == INTERVALS:
         whole_first = read(tiles, at + (WHOLE + 2 * W), WARPS)
         whole_last = read(tiles, at + (WHOLE + 2 * W + 1), WARPS)
-        if WARPS == 1:
-            last_start = max(read(tiles, at + LAST, 1) - C.block_n, first)
-    return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, whole_first, whole_last, last_start)
+    return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, whole_first, whole_last)
 
 
 @gluon.jit
@@ -311,20 +316,6 @@ def block_key(step, tile, C: gl.constexpr):
         return tile.first_key + block * C.block_n
     else:
         return block * C.block_n
-
-
-@gluon.jit
-def loaded_key(step, tile, C: gl.constexpr):
-    """The first key that is loaded for that block.
-
-    With row intervals the last block does not reach beyond the keys that the tile sees: there may be NaN, by which the
-    weight 0 must not be multiplied. It begins earlier, and what it repeats of the block before is masked
-    (:func:`hide_first`). Only where there is no block before, or with gaps, V has to be cleaned.
-    """
-    key = block_key(step, tile, C)
-    if C.mode == INTERVALS:
-        key = min(key, tile.last_start)
-    return key
 
 
 @gluon.jit
@@ -351,9 +342,9 @@ def window_bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexp
 
 
 @gluon.jit
-def _copied(bounds, copied, at, LAYOUT: gl.constexpr, C: gl.constexpr):
-    """Rows' ``bounds`` (their first keys, or ends) as a column, from shared memory at ``at`` if they were copied."""
-    if C.copy_bounds:
+def _column(bounds, copied, at, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """Rows' ``bounds`` (their first keys, or ends) as a column; from shared memory at ``at`` if they were copied."""
+    if C.listed:
         return copied.index(at).load(gl.SliceLayout(1, LAYOUT))[:, None]
     else:
         return bounds[:, None]
@@ -363,33 +354,15 @@ def _copied(bounds, copied, at, LAYOUT: gl.constexpr, C: gl.constexpr):
 def hide_outside(
     scores, first_key, start, end, copied, at, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
 ):  # fmt: skip
-    """Scores of keys outside the rows' bounds to -inf, for WINDOW and INTERVALS. ``copied, at`` are where these lie in
-    shared memory, with ``copy_bounds``. Bounds computed before the scores are there spill a tenth of what :func:`hide`
-    does; most blocks cross one side only, and are spared the other's test."""
+    """Scores of keys outside the rows' bounds to -inf, for WINDOW and INTERVALS. ``copied, at``: where these lie in
+    shared memory, with ``listed``; else ``start, end``. Bounds computed before the scores are there spill a tenth of
+    what :func:`hide` does; most blocks cross one side only, and are spared the other's test."""
     keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
     late, early = hidden_sides(first_key, tile, p, W, C)
     if late:
-        scores = gl.where(keys[None, :] < _copied(end, copied, at + 1, LAYOUT, C), scores, float("-inf"))
+        scores = gl.where(keys[None, :] < _column(end, copied, at + 1, LAYOUT, C), scores, float("-inf"))
     if early:
-        scores = gl.where(keys[None, :] >= _copied(start, copied, at, LAYOUT, C), scores, float("-inf"))
-    return scores
-
-
-@gluon.jit
-def hide_first(
-    scores, start, end, copied, at, tiles, slot, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
-):  # fmt: skip
-    """:func:`hide_outside` for a tile's first block in the order of steps, for INTERVALS: the one that may begin
-    earlier than its place, since it is the last one by its keys (:func:`loaded_key`)."""
-    place = block_key(0, tile, C)
-    last = read(tiles, slot * CARD + LAST, 4)
-    first_key = min(place, max(last - C.block_n, tile.first_key))
-    keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
-    if first_key + C.block_n > tile.whole_last:
-        scores = gl.where(keys[None, :] < _copied(end, copied, at + 1, LAYOUT, C), scores, float("-inf"))
-    if first_key < max(tile.whole_first, place):
-        begin = gl.maximum(_copied(start, copied, at, LAYOUT, C), place)
-        scores = gl.where(keys[None, :] >= begin, scores, float("-inf"))
+        scores = gl.where(keys[None, :] >= _column(start, copied, at, LAYOUT, C), scores, float("-inf"))
     return scores
 
 

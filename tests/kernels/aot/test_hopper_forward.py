@@ -66,6 +66,7 @@ REPRESENTATIVE = [
     Variant((64, 64), "window", terms=True),
     Variant((192, 128), "causal"),
     Variant((256, 256), "intervals"),
+    Variant((64, 64), "intervals", terms=True),
 ]
 
 
@@ -152,7 +153,7 @@ def test_arguments_of_a_direct_launch() -> None:
                 assert parameter.do_not_specialize, parameter.name
 
 
-@pytest.mark.parametrize("name", ["causal", "intervals", "terms"])
+@pytest.mark.parametrize("name", ["causal", "intervals", "listed intervals", "terms"])
 def test_direct_launches(name: str) -> None:
     """A direct launch hands the launcher what an ordinary one does, descriptors and pointers included."""
     from triton.backends.nvidia.driver import wrap_handle_tensordesc
@@ -170,19 +171,22 @@ def test_direct_launches(name: str) -> None:
         run = SimpleNamespace(launch=launch, launch_cooperative_grid=False, launch_pdl=False, **sizes)
         return SimpleNamespace(run=run, metadata=kernel.metadata, function=11, packed_metadata=(4, 1, 0))
 
-    q, k, v = torch.zeros(3, 2, 1153, 4, 128, dtype=torch.bfloat16).unbind(0)
+    dim = 64 if name == "listed intervals" else 128
+    q, k, v = torch.zeros(3, 2, 1153, 4, dim, dtype=torch.bfloat16).unbind(0)
     k, v = k[:, :, :2], v[:, :, :2]
     intervals = torch.zeros(2, 1153, 2, dtype=torch.int32)
-    mask = AttentionMask(row_intervals=intervals) if name == "intervals" else AttentionMask(causal=True)
+    mask = AttentionMask(row_intervals=intervals) if "intervals" in name else AttentionMask(causal=True)
     terms = {"softcap": 30.0, "sinks": torch.zeros(4)} if name == "terms" else {}
     inputs = AttentionInputs(q, k, v, 0.1, mask, **terms)
     with compiling_for("sm90"):
         driver.active.utils = SimpleNamespace(fill_tma_descriptor=lambda *args: ("encoded", *args))
         out, (summary, launch) = torch.empty_like(q), launches(inputs)
         kernel = runnable(launch.warm_up())
-        summarizing = [] if summary is None else [runnable(compiled) for compiled in summary.warm_up()]
+        summarizing = [] if summary is None else [runnable(each) for each in summary.warm_up() if each is not None]
+        assert len(summarizing) == ("intervals" in name) + ("listed" in name)
         main, before = direct(kernel), [direct(compiled) for compiled in summarizing]
         assert main is not None and None not in before
+        before += [None] * (2 - len(before))
         known = forward_launch._Known(
             out, None if summary is None else forward_launch._KnownSummary(summary, *before), launch, main
         )
@@ -197,8 +201,8 @@ def test_direct_launches(name: str) -> None:
             if summary is not None:
                 expected = [
                     (summarizing[0], summary.grid, summary.arguments, summary.options),
-                    (summarizing[1], summary.list_grid, summary.list_arguments, summary.list_options),
-                ]
+                    (summarizing[-1], summary.list_grid, summary.list_arguments, summary.list_options),
+                ][: len(summarizing)]
             expected += [(kernel, (launch.n_programs, 1, 1), launch.arguments, launch.plan.constexprs)]
             for loaded, grid, arguments, constexprs in expected:
                 handed.clear()
@@ -221,12 +225,13 @@ def test_direct_launches(name: str) -> None:
             assert [len(arguments) for arguments in handed] == [len(ours) for ours in (*direct_calls, direct_calls[-1])]
             anew = forward_launch.prepare(inputs, out, lse)[0]
             assert anew.known and anew.run() is None
-            places = [anew.bounds.data_ptr(), anew.listed.data_ptr()]
+            places = [anew.bounds.data_ptr(), (anew.summary if anew.listed is None else anew.listed).data_ptr()]
             assert [given for given in handed[-1] if type(given) is int and given in places] == places
 
 
 def _places(summary: forward_launch.SummaryLaunch) -> set[int]:
-    return {tensor.data_ptr() for tensor in (summary.bounds, summary.summary, summary.listed)}
+    tensors = (summary.bounds, summary.summary, summary.listed)
+    return {tensor.data_ptr() for tensor in tensors if tensor is not None}
 
 
 def test_configurations_are_sound() -> None:
@@ -235,12 +240,13 @@ def test_configurations_are_sound() -> None:
     for dim, mode, short in itertools.product(dims, range(5), (False, True)):
         chosen = config.select(dim, mode, short, False, False)
         # The slowest warp may be this many tiles behind the one that writes cards.
-        assert chosen.q_buffers + chosen.k_stages < chosen.ring
+        assert chosen.q_buffers + chosen.k_stages < config.RING
         # The ring of slots must not be lapped while V's warp waits at it.
         assert chosen.v_stages <= chosen.k_stages or chosen.free_k_first
         assert 10 + 2 * chosen.consumers <= config.CARD
         assert config.CARD + 3 <= config.LISTED
         assert not (chosen.turns and chosen.consumers != 2)
+        assert not chosen.listed or (mode == config.INTERVALS and chosen.q_buffers > 1 and chosen.chunks == 1)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from hf_flash_plus.inputs import AttentionInputs
+from hf_flash_plus.interval_cache import share
 from hf_flash_plus.kernels.hopper import config, forward_launch, schedule
 from hf_flash_plus.masks import AttentionMask
 
@@ -54,7 +55,7 @@ def test_summary(name: str, consumers: int, empty_rows_hide: bool) -> None:
     q, k = (torch.empty(batch, n, 1, 8, dtype=torch.float16) for n in (seqlen_q, seqlen_k))
     inputs = AttentionInputs(q, k, k, 1.0, AttentionMask(row_intervals=intervals.to(torch.int32)))
     launch = forward_launch.SummaryLaunch(inputs, window, block_m, BLOCK_N, empty_rows_hide)
-    launch.run()
+    assert launch.run() is not None and launch.listed is None
     n_tiles = -(-seqlen_q // block_m)
     bounds = launch.bounds.view(batch, n_tiles * block_m, 2)
     summary = launch.summary.view(batch, n_tiles, config.CARD)
@@ -82,13 +83,6 @@ def test_summary(name: str, consumers: int, empty_rows_hide: bool) -> None:
             shape = SimpleNamespace(mode=config.INTERVALS, block_n=BLOCK_N)
             keys = [int(schedule.block_key.fn(step, tile, shape)) for step in range(n_blocks)]
             assert sorted(keys) == [first + step * BLOCK_N for step in range(n_blocks)] and first >= 0
-            assert n_blocks >= int(empty_rows_hide) and bool(n_blocks) >= bool(some.any())
-            if not empty_rows_hide:
-                # What is loaded (schedule.loaded_key) ends with the tile's keys; only the first step may begin earlier.
-                loaded = [min(key, max(last - BLOCK_N, first)) for key in keys]
-                assert loaded[1:] == keys[1:]
-                assert n_blocks < 2 or max(loaded) + BLOCK_N == last
-                assert not keys or keys[0] == loaded[0] or n_end > 0
             outside = torch.ones_like(some)
             for step, at in enumerate(keys):
                 block = slice(at, at + BLOCK_N)
@@ -103,3 +97,27 @@ def test_summary(name: str, consumers: int, empty_rows_hide: bool) -> None:
                     # All that is whole is known, but in a warpgroup none of whose rows count.
                     assert whole or not len(rows) or not rows.all()
             assert not (some & outside).any()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("empty_rows_hide", [False, True])
+def test_summaries_are_kept_with_the_mask(empty_rows_hide: bool, listed: bool) -> None:
+    """Of intervals that are known a summary is made once for each kernel that wants it, until they change."""
+
+    def summarize(listed: bool = listed) -> forward_launch.SummaryLaunch:
+        launch = forward_launch.SummaryLaunch(inputs, NO_WINDOW, 128, BLOCK_N, empty_rows_hide, listed)
+        assert (launch.run() is None) == launch.known
+        return launch
+
+    intervals = _padded([300, 130, 0, 64], 300).to(torch.int32)
+    q = torch.empty(4, 300, 1, 8, dtype=torch.float16)
+    inputs = AttentionInputs(q, q, q, 1.0, AttentionMask(row_intervals=intervals))
+    assert not summarize().known and not summarize().known
+    share(intervals)
+    first, second, other = summarize(), summarize(), summarize(not listed)
+    assert not first.known and second.known and not other.known
+    assert second.memory is first.memory and (second.listed is not None) == listed
+    fields = [each.summary.view(-1, config.CARD)[:, 1:7] for each in (first, other)]
+    assert torch.equal(first.bounds, other.bounds) and torch.equal(*fields)
+    intervals[:, 0] = 0
+    assert not summarize().known

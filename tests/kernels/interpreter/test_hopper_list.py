@@ -59,7 +59,6 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in vars(schedule).copy().items():
         if name.isupper() and hasattr(value, "value"):
             monkeypatch.setattr(schedule, name, value.value)
-    monkeypatch.setattr(schedule, "_seat", schedule._seat.fn)
 
 
 @pytest.mark.parametrize("blocks_in_flight", [1, 6, 10**6])
@@ -74,12 +73,12 @@ def test_list(
     q = torch.empty(batch, rows, nheads, 8, dtype=torch.float16)
     k = torch.empty(batch, rows, nheads // group, 8, dtype=torch.float16)
     inputs = AttentionInputs(q, k, k, 1.0, AttentionMask(row_intervals=intervals.to(torch.int32)))
-    launch = forward_launch.SummaryLaunch(inputs, (10**6, 10**6), BLOCK_M, BLOCK_N, False)
+    launch = forward_launch.SummaryLaunch(inputs, (10**6, 10**6), BLOCK_M, BLOCK_N, False, listed=True)
     launch.list_options.update(zip(("CHUNK", "COUNTED"), chunks))
     launch.memory.fill_(-(10**6))
     launch.run()
     summary = launch.summary.view(lists, n_tiles, config.CARD)
-    n_seen = int((summary[..., schedule.N_BLOCKS] > 0).sum())
+    n_seen = int((summary[..., schedule.LAST] > 0).sum())
     assert launch.listed is not None and int(launch.listed[0]) == n_seen
 
     p = SimpleNamespace(
@@ -111,6 +110,6 @@ def test_list(
     expected = [(b, h, tile) for b in range(batch) for h in range(nheads) for tile in range(n_tiles)]
     assert sorted(seen + empty) == expected
     for b, _, tile in empty:
-        assert summary[b if lists > 1 else 0, tile, schedule.N_BLOCKS] == 0
+        assert summary[b if lists > 1 else 0, tile, schedule.LAST] == 0
     order = [b for b, _, _ in seen] if lists > 1 else []
     assert order == sorted(order)

@@ -125,7 +125,8 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
         shape = two | {
             "block_n": 64, "chunks": 1, "chunk_dim": 256, "q_buffers": 1, "k_stages": 3, "v_stages": 2,
         }  # fmt: skip
-    # One H200, padded B8 S2048 and S4096 with half of the tokens, 16 odd documents: 211 to 199 us, 642 to 622, 430 to
-    # 375 at head dimension 64; at 128 the first two become 2 and 5 % slower, larger ones were not measured.
+    # One H200, us without / with the list, neither with the summary: padded B8 S2048 204 / 199, S4096 636 / 622, 16 odd
+    # documents 424 / 375, B64 S256 110 / 115 at head dimension 64; 156 / 166 and 452 / 481 padded at 128; larger ones
+    # were not measured.
     listed = mode == INTERVALS and dims == (64, 64)
     return Config(v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, listed=listed, **shape)

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..interval_cache import share
 from ..masks import AttentionMask, PackedSequences, varlen_mask
 from .config import Case
 
@@ -95,17 +96,19 @@ class Problem:
 
     @cached_property
     def mask(self) -> AttentionMask:
-        """The mask as hf_flash_plus takes it, made once as a model does."""
+        """The mask as hf_flash_plus takes it, made once as a model does: what kernels work out from its row intervals
+        alone is not in the times of a repeated call, as it is in those of one layer only of a model's."""
         case = self.case
         if case.mask == "window":
             return AttentionMask(causal=True, window=(case.window, 0))
         if case.mask == "padded":
-            return AttentionMask(row_intervals=self.intervals)
+            return AttentionMask(row_intervals=share(self.intervals))
         if case.mask == "packed":
             mask = varlen_mask(self.cu_seqlens, self.cu_seqlens, case.rows, causal=True)
             longest = max(case.lengths)
             packed = PackedSequences(self.cu_seqlens, self.cu_seqlens, longest, longest, True, (-1, -1))
-            return AttentionMask(row_intervals=mask.row_intervals, packed=packed)
+            assert mask.row_intervals is not None
+            return AttentionMask(row_intervals=share(mask.row_intervals), packed=packed)
         return AttentionMask(causal=self.causal)
 
     @cached_property

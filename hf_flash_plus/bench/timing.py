@@ -1,7 +1,8 @@
-"""Measuring several calls side by side: warm-up, turns in rotating order, rests, medians."""
+"""Measuring several calls side by side: warm-up, turns in changing order, rests, medians."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -117,10 +118,13 @@ def measure(
 ) -> dict[str, Measurement]:
     """Time every call, in turns.
 
+    The order is drawn anew for each round: a chip that is hot from one call, or holds its power down for it, is so for
+    the next, which should not be the same one every time.
+
     Args:
         calls: what to time, by name.
         clock: see :func:`make_clock`.
-        rounds: number of turns of each call; the order rotates.
+        rounds: number of turns of each call.
         budget_s: seconds for all of it together, warm-up apart.
         rest_s: seconds of rest between rounds.
     """
@@ -134,11 +138,10 @@ def measure(
         share_ms = budget_s * 1e3 / (len(calls) * rounds)
         repeats[name] = max(2, min(_MAX_REPEATS, int(share_ms / once_ms)))
     samples: dict[str, list[list[float]]] = {name: [] for name in calls}
-    order = list(calls)
+    draw = random.Random(0)
     for _ in range(rounds):
-        for name in order:
+        for name in draw.sample(list(calls), len(calls)):
             samples[name].append(clock.sample(calls[name], repeats[name], host[name]))
-        order = order[1:] + order[:1]
         time.sleep(rest_s)
     return {name: _summarize(turns, host[name]) for name, turns in samples.items()}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops, settings
 from ..inputs import AttentionInputs, describe, validate
+from ..interval_cache import share
 from ..masks import (
     AttentionMask,
     document_intervals,
@@ -263,6 +264,8 @@ def _repacked(carried: carrier.Carried, position_ids: Tensor) -> AttentionMask |
             return mask
     assert carried.repack is not None
     mask = carried.repack(position_ids)
+    if mask.row_intervals is not None:
+        share(mask.row_intervals)
     memo.masks.append((carried, mask))
     return mask
 
@@ -303,6 +306,8 @@ def _packed(mask: AttentionMask, query: Tensor, key: Tensor, kwargs: dict[str, A
     )
     result = replace(result, row_positions=None)
     if not torch.compiler.is_compiling():
+        if result.row_intervals is not None:
+            share(result.row_intervals)
         setattr(cu_q, _MEMO, (memo_key, result))
     return result
 

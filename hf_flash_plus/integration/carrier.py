@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..interval_cache import share
 from ..masks import AttentionMask, intersect_intervals, window_intervals, with_intervals
 from ..providers.base import DecodingTicket
 
@@ -91,6 +92,8 @@ def encode(intervals: Tensor, key_mask: Tensor | None, key_holes: Tensor | None,
 
 def attach(carrier: Tensor, carried: Carried) -> Tensor:
     """The carrier itself, with what it holds riding along."""
+    if carried.mask.row_intervals is not None:
+        share(carried.mask.row_intervals)
     setattr(carrier, ATTRIBUTE, (carried, version(carrier)))
     return carrier
 

@@ -25,7 +25,8 @@ class Compilation(NamedTuple):
 
 def kind_of_mask(features: Sequence[str]) -> str:
     """Which kind of mask the Hopper kernels are compiled for, by the features of a case."""
-    if {"packed", "documents", "left_padding", "intervals", "one_interval", "nothing"} & set(features):
+    intervals = {"packed", "documents", "left_padding", "right_padding", "ends", "intervals", "one_interval", "nothing"}
+    if intervals & set(features):
         return "intervals"
     if {"window", "left_window"} & set(features):
         return "left"

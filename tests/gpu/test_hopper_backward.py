@@ -39,6 +39,8 @@ FEATURES = [
     ("intervals",),
     ("one_interval",),
     ("nothing",),
+    ("right_padding",),
+    ("ends",),
     ("softcap",),
     ("sinks",),
     ("causal", "packed"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hf_flash_plus as hfp
+from hf_flash_plus.interval_cache import share
 from hf_flash_plus.kernels.hopper import backward_launch
 from hf_flash_plus.masks import CAUSAL, FULL, AttentionMask
 
@@ -67,6 +68,31 @@ def test_replayed_gradients(kind: str, fused: bool, nheads_k: int, dim: int, mon
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
     if nheads_k == 8:
         assert kept, "a call that is not split over programs is kept"
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_lists_kept_with_a_mask(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that is known, call after call; another mask in the same memory."""
+    monkeypatch.setattr(backward_launch, "mode_for", lambda inputs: "unordered")
+
+    def fresh(seed: int) -> list[torch.Tensor]:
+        backward_launch._replays.clear()
+        return gradients(intervals(3, 384, seed), 5, dim, 8, False)
+
+    masks = [intervals(3, 384, seed) for seed in (0, 1)]
+    expected = [fresh(seed) for seed in (0, 1, 2)]
+    backward_launch._replays.clear()
+    for mask in masks:
+        assert mask.row_intervals is not None
+        share(mask.row_intervals)
+    for _ in range(4):
+        for which, mask in enumerate(masks):
+            for a, b in zip(gradients(mask, 5, dim, 8, False), expected[which], strict=True):
+                torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    masks[0].row_intervals.copy_(intervals(3, 384, 2).row_intervals)
+    for _ in range(3):
+        for a, b in zip(gradients(masks[0], 5, dim, 8, False), expected[2], strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
 def test_a_cuda_graph_of_a_replayed_call() -> None:

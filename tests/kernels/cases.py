@@ -108,6 +108,23 @@ def _left_padding(case: Case) -> Tensor:
     return torch.stack((start, end), dim=-1).to(torch.int32)
 
 
+def _right_padding(case: Case) -> Tensor:
+    """Causal batch elements of which the first is full, the second empty, the third (and so on) a third as long."""
+    real = torch.tensor([(case.seqlen_q, 0, case.seqlen_q // 3)[b % 3] for b in range(case.batch)])[:, None]
+    row = torch.arange(case.seqlen_q)[None]
+    end = torch.where(row < real, (row + 1).clamp(max=case.seqlen_k), 0)
+    return torch.stack((torch.zeros_like(end), end), dim=-1).to(torch.int32)
+
+
+def _ends(case: Case) -> Tensor:
+    """The first and the last quarter of the rows see a quarter of the keys, the first and the last; others nothing."""
+    rows, keys = case.seqlen_q // 4, max(case.seqlen_k // 4, 1)
+    intervals = torch.zeros(case.batch, case.seqlen_q, 2, dtype=torch.int32)
+    intervals[:, :rows, 1] = keys
+    intervals[:, case.seqlen_q - rows :] = torch.tensor((case.seqlen_k - keys, case.seqlen_k), dtype=torch.int32)
+    return intervals
+
+
 def _random_intervals(case: Case) -> Tensor:
     first = torch.randint(-5, case.seqlen_k, (case.batch, case.seqlen_q, 1))
     return torch.cat((first, first + torch.randint(-3, case.seqlen_k, first.shape)), dim=-1).to(torch.int32)
@@ -155,6 +172,8 @@ FEATURES = {
     "packed": lambda c: ({"row_intervals": _packed(c)}, {}),
     "documents": lambda c: ({"row_intervals": _packed(c, causal=False)}, {}),
     "left_padding": lambda c: ({"row_intervals": _left_padding(c)}, {}),
+    "right_padding": lambda c: ({"row_intervals": _right_padding(c)}, {}),
+    "ends": lambda c: ({"row_intervals": _ends(c)}, {}),
     "intervals": lambda c: ({"row_intervals": _random_intervals(c)}, {}),
     "one_interval": lambda c: ({"row_intervals": _random_intervals(replace(c, batch=1))}, {}),
     "nothing": lambda c: ({"row_intervals": torch.zeros(1, 1, 2, dtype=torch.int32).expand(1, c.seqlen_q, 2)}, {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -241,6 +242,26 @@ def test_measure_takes_turns() -> None:
     for measured in found.values():
         assert len(measured.rounds_ms) == 3 and measured.samples >= 6
         assert 0 <= measured.p10_ms <= measured.median_ms <= measured.p90_ms
+
+
+def test_measure_changes_the_order_of_turns() -> None:
+    """What a call leaves behind (heat, a lowered clock) should not always be the same other call's to bear."""
+
+    class Clock(timing.HostClock):
+        def __init__(self) -> None:
+            self.turns: list[str] = []
+
+        def sample(self, call: Any, repeats: int, host_ms: float) -> list[float]:
+            self.turns.append(call())
+            return [1.0] * repeats
+
+    clock = Clock()
+    names = "abcd"
+    timing.measure({name: lambda name=name: name for name in names}, clock, rounds=6, budget_s=0.01, rest_s=0.0)
+    turns = clock.turns[-6 * 4 :]
+    assert all(sorted(turns[i : i + 4]) == list(names) for i in range(0, 24, 4))
+    before = {(a, b) for i in range(0, 24, 4) for a, b in itertools.pairwise(turns[i : i + 4])}
+    assert all(len({a for a, b in before if b == name}) > 1 for name in names)
 
 
 # --- runs ---

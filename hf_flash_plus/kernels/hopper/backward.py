@@ -85,6 +85,11 @@ MASK_ANY = gl.constexpr(2)
 ENTRY_MASKED = gl.constexpr(1 << 29)
 ENTRY_DIRTY = gl.constexpr(1 << 30)
 ENTRY_TILE = gl.constexpr((1 << 29) - 1)
+#: The count of a list's entries, and whether each key of the tile is known to be seen by some row.
+COUNT_COVERED = gl.constexpr(1 << 30)
+COUNT_ENTRIES = gl.constexpr((1 << 30) - 1)
+#: How rows' bounds lie in shared memory, for reading a few of them.
+BOUNDS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 RUNTIME = [
     "list_stride", "nheads", "nheads_k", "heads_per_split", "n_splits", "seqlen_k", "dkv_stride_b", "dkv_stride_split",
@@ -132,17 +137,20 @@ def _load_bounds(desc, at, n_rows, barrier, buffer, stage):
 
 
 @gluon.jit
-def _zero_hidden_rows(buffer, stage, first_row, bounds_ptr, n_rows, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr):
-    """Zero the rows of a tile that see no key: they may hold NaN, and a product would spread it. One warp does it.
+def _zero_hidden_rows(buffer, stage, bounds, bounds_stage, hidden, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Zero the rows of a tile that see no key: they may hold NaN, and a product would spread it. One warp does it, for
+    which the others wait: it reads bounds where they have been copied to, and only those blocks that ``hidden`` names.
 
-    ``buffer`` is all stages as blocks of 8 rows by 64 columns, the way that a tile with 128-byte swizzling lies there.
+    ``buffer`` is all stages as blocks of 8 rows by 64 columns, the way that a tile with 128-byte swizzling lies there;
+    ``bounds`` those of all stages (:func:`_load_bounds`).
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     GROUPS: gl.constexpr = BLOCK_M // 8
-    local = gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))
-    for group in range(GROUPS):
-        at = bounds_ptr + first_row + group * 8 + local
-        seen = gl.load(at) < gl.load(at + n_rows)
+    by_groups = bounds._reinterpret(gl.int32, [bounds.shape[0] * GROUPS, 8], BOUNDS)
+    for group in range(hidden & 255, hidden >> 8):
+        at = 2 * bounds_stage * GROUPS + group
+        seen = by_groups.index(at).load(ROWS) < by_groups.index(at + GROUPS).load(ROWS)
         for column in gl.static_range(BLOCK_D // 64):
             block = buffer.index((stage * (BLOCK_D // 64) + column) * GROUPS + group)
             block.store(gl.where(seen[:, None], block.load(LAYOUT), 0.0).to(buffer.dtype))
@@ -170,18 +178,21 @@ def _producer(
     q_blocks, dout_blocks = blocks
     kv_full, q_full, dout_full, dirty_full = bars
     batch, k_head, first_head, n_heads, nheads, first_key, first_tile, n, n_before, rotation, n_tiles_q = where
-    entries_ptr, bounds_ptr, n_rows, bounds_at = pointers
+    entries_ptr, hidden_ptr, n_rows, bounds_at = pointers
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     N: gl.constexpr = k_smem.shape[0]
     HEAD_BYTES: gl.constexpr = BLOCK_D * 2
     ROW_BYTES: gl.constexpr = BLOCK_M * 4
     BOUND_BYTES: gl.constexpr = 2 * ROW_BYTES if LISTED else 0
 
-    mbarrier.expect(kv_full.index(0), N * HEAD_BYTES)
-    _load_tile(k_desc, [batch, first_key, k_head, 0], kv_full.index(0), k_smem, N, BLOCK_D)
-    if LISTED:  # v is waited for before the first step
-        mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
-        _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
+    if LISTED:
+        entry = gl.load(entries_ptr)  # each is asked for a step ahead
+        if n > 0:
+            mbarrier.expect(kv_full.index(0), N * HEAD_BYTES)
+            _load_tile(k_desc, [batch, first_key, k_head, 0], kv_full.index(0), k_smem, N, BLOCK_D)
+    else:
+        mbarrier.expect(kv_full.index(0), N * HEAD_BYTES)
+        _load_tile(k_desc, [batch, first_key, k_head, 0], kv_full.index(0), k_smem, N, BLOCK_D)
     it = 0
     dirty_phase = 0
     for phase in gl.static_range(PHASES):
@@ -197,7 +208,6 @@ def _producer(
                     tile = i + rotation
                     tile = first_tile + gl.where(tile >= n, tile - n, tile)
                 if LISTED:
-                    entry = gl.load(entries_ptr + i)
                     tile = entry & ENTRY_TILE
                     dirty = (entry & ENTRY_DIRTY) != 0
                 row = tile * BLOCK_M
@@ -207,17 +217,21 @@ def _producer(
                     entry_smem.index(stage).store(gl.full([1], entry, gl.int32, ONE))
                     gl.thread_barrier()  # an `expect`, unlike an `arrive`, publishes only what its own thread wrote
                 if LISTED and dirty:
+                    hidden = gl.load(hidden_ptr + tile)
                     mbarrier.expect(dirty_full, 2 * (BLOCK_M * HEAD_BYTES + ROW_BYTES) + BOUND_BYTES)
                     _load_bounds(bounds_desc, bounds_at + row, n_rows, dirty_full, bounds_smem, stage)
                     _load_tile(q_desc, [batch, row, head, 0], dirty_full, q_smem.index(stage), BLOCK_M, BLOCK_D)
                     tma.async_copy_global_to_shared(start_desc, [rows_at + row], dirty_full, start_smem.index(stage))
                     _load_tile(dout_desc, [batch, row, head, 0], dirty_full, dout_smem.index(stage), BLOCK_M, BLOCK_D)
                     tma.async_copy_global_to_shared(delta_desc, [rows_at + row], dirty_full, delta_smem.index(stage))
+                    if it == 0:
+                        mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
+                        _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
                     mbarrier.wait(dirty_full, dirty_phase)
                     dirty_phase = dirty_phase ^ 1
-                    _zero_hidden_rows(q_blocks, stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
+                    _zero_hidden_rows(q_blocks, stage, bounds_smem, stage, hidden, BLOCK_M, BLOCK_D)
                     mbarrier.arrive(q_full.index(stage), count=1)
-                    _zero_hidden_rows(dout_blocks, stage, row, bounds_ptr, n_rows, BLOCK_M, BLOCK_D)
+                    _zero_hidden_rows(dout_blocks, stage, bounds_smem, stage, hidden, BLOCK_M, BLOCK_D)
                     mbarrier.arrive(dout_full.index(stage), count=1)
                 else:
                     mbarrier.expect(q_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
@@ -229,10 +243,9 @@ def _producer(
                     tma.async_copy_global_to_shared(
                         start_desc, [rows_at + row], q_full.index(stage), start_smem.index(stage)
                     )
-                    if not LISTED:  # noqa: SIM102  (one condition is known at compile time, the other is not)
-                        if it == 0:  # behind the first q: the first product needs k and q only
-                            mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
-                            _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
+                    if it == 0:  # behind the first q: the first product needs k and q only
+                        mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
+                        _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
                     mbarrier.expect(dout_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES)
                     _load_tile(
                         dout_desc, [batch, row, head, 0], dout_full.index(stage), dout_smem.index(stage), BLOCK_M,
@@ -241,6 +254,8 @@ def _producer(
                     tma.async_copy_global_to_shared(
                         delta_desc, [rows_at + row], dout_full.index(stage), delta_smem.index(stage)
                     )
+                if LISTED:
+                    entry = gl.load(entries_ptr + gl.where(i + 1 < n, i + 1, 0))
                 it += 1
     for last in range(max(it, STAGES), it + STAGES):  # leave no barrier half full
         meet("sync", STAGE_BARRIER + last % STAGES)
@@ -569,8 +584,8 @@ def _consumer(
     dk_ptr, dv_ptr, dk_stride, dv_stride, scale = dkv
     first_key, seqlen_k, n_heads, first_tile = work
     n, n_before, n_full = steps
-    bounds_smem, entry_smem = lists
-    HALF_L: gl.constexpr = scores_layout(BLOCK_M // 2)
+    bounds_smem, entry_smem, covered = lists
+    L: gl.constexpr = scores_layout(BLOCK_M)
     OUT_L: gl.constexpr = scores_layout(BLOCK_D)
     keys = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, HALF_L))
     key_start = gl.where(keys < seqlen_k, 0.0, float("-inf"))
@@ -579,13 +594,21 @@ def _consumer(
     total = n * n_heads
     step_bars = (q_full, dout_full, dq_free)
 
-    mbarrier.wait(kv_full.index(0), 0)
+    if LISTED:  # without entries nothing is loaded, and what is computed here is not used
+        mbarrier.wait(kv_full.index(0), 0, pred=total > 0)
+        if (total > 0) & (covered == 0):
+            mbarrier.wait(kv_full.index(1), 0)
+            _zero_not_finite(k_smem)
+            _zero_not_finite(v_smem)
+            gl.thread_barrier()
+    else:
+        mbarrier.wait(kv_full.index(0), 0)
+    mbarrier.wait(q_full.index(0), 0, pred=total > 0)
+    start = _next_start(start_smem, 0, zeros, HAS_SOFTCAP, L)
+    scores = warpgroup_mma(k_smem, q_smem.index(0).permute((1, 0)), start, is_async=True)
     if LISTED:
-        mbarrier.wait(kv_full.index(1), 0)
-        _zero_not_finite(k_smem)
-        _zero_not_finite(v_smem)
-        gl.thread_barrier()
-    if not LISTED:
+        mbarrier.wait(kv_full.index(1), 0, pred=total > 0)
+    else:
         mbarrier.wait(kv_full.index(1), 0)
 
     if MASK == MASK_LEADING:
@@ -691,7 +714,7 @@ def attention_backward(
     dv_ptr,
     entries_ptr,
     counts_ptr,
-    bounds_ptr,
+    summary_ptr,
     list_stride,
     nheads,
     nheads_k,
@@ -738,7 +761,7 @@ def attention_backward(
             ``nheads_k`` rows, batch elements and splits ``dkv_stride_b`` and ``dkv_stride_split`` keys.
         dq_desc: fp32 (rows, 128) in blocks of 64 rows: the sums of dq, in tiles of BLOCK_M by BLOCK_D whose numbers
             lie as :func:`_hand_over` says, zero before; only if WITH_DQ.
-        entries_ptr, counts_ptr, bounds_ptr: only if LISTED, see ``backward_prepare``; batch elements lie
+        entries_ptr, counts_ptr, summary_ptr: only if LISTED, see ``backward_prepare``; batch elements lie
             ``list_stride`` key tiles apart (0: one list for all).
         right, left: the flags' bounds: row i sees keys ``i + left <= key <= i + right``.
     """
@@ -756,12 +779,16 @@ def attention_backward(
     )
     n_rows = n_tiles_q * BLOCK_M
     bounds_at = 0
+    covered = 0
     if LISTED:
         list_at = batch * list_stride
-        n = gl.load(counts_ptr + list_at + tile_n)
+        count = gl.load(counts_ptr + list_at + tile_n)
+        n = count & COUNT_ENTRIES
+        covered = count & COUNT_COVERED
         entries_ptr += (list_at + tile_n).to(gl.int64) * (n_tiles_q + 1)
-        bounds_at = gl.where(list_stride > 0, batch, 0) * 2 * n_rows
-        bounds_ptr += bounds_at
+        which = gl.where(list_stride > 0, batch, 0)
+        bounds_at = which * 2 * n_rows
+        summary_ptr += (5 * which + 4) * n_tiles_q
     rotation = 0
     if ROTATE:
         rotation = tile_n * (BLOCK_N // BLOCK_M) % n
@@ -815,14 +842,14 @@ def attention_backward(
     shared = (q_smem, k_smem, v_smem, dout_smem, ds_smem, start_smem, delta_smem, dq_smem)
     dkv = (dk_ptr + row_at * HEAD_DIM, dv_ptr + row_at * V_HEAD_DIM, nheads_k * HEAD_DIM, nheads_k * V_HEAD_DIM, scale)
     work = (first_key, seqlen_k, heads_per_split, first_tile)
-    lists = (bounds_smem, entry_smem)
+    lists = (bounds_smem, entry_smem, covered)
     numbers = (right, left, scale2, cap_in, cap_out)
     where = (
         batch, k_head, first_head, heads_per_split, nheads, first_key, first_tile, n, n_before, rotation, n_tiles_q,
     )  # fmt: skip
     descs = (q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc, bounds_desc)
     buffers = (q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem, bounds_smem, entry_smem)
-    pointers = (entries_ptr, bounds_ptr, n_rows, bounds_at)
+    pointers = (entries_ptr, summary_ptr, n_rows, bounds_at)
     PHASES: gl.constexpr = 2 if MASK == MASK_LEADING and GROUPED else 1
     bars = (kv_full, q_full, dout_full, dq_free)
     steps = (n, n_before, n_full)

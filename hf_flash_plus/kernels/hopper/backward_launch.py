@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import settings
 from ...inputs import AttentionInputs
+from ...interval_cache import shared
 from ...masks import AttentionMask
 from .. import tiles
 from . import backward_config, backward_dq_launch, forward_launch, replay
@@ -22,17 +23,23 @@ from .launching import Launch, Plan, descriptor, layout_reason, stride_classes
 
 #: q, dout and the sums of dq of the heads in flight should stay in the L2 cache together.
 L2_BUDGET = 32 * 2**20
+#: Programs in flight together under row intervals, for each core. By simulation, padded B8 S2048: D128 H16/4 420 -> 335
+#: us, D64 H32/8 396 -> 373; 0 to 2 percent without groups. One H200, with 1, 2, 4, 8: padded B8 S2048 D128 H16/4 461,
+#: 427, 459, 460 us and H16 440, 439, 484, 592; one list for all heads (8 documents in 16384) D128 H16/4 838, 824, 797,
+#: 797, H16 820, 809, 808, 796, D64 H32/8 965, 956, 932, 881.
+LISTED_WAVES = 2
+LISTED_WAVES_OF_ONE_LIST = 8
 PADDED = 128  # rows are padded to a multiple of this
 NO_BOUND = 2**30
 
 #: How dq comes about: from a kernel of its own (bitwise repeatable), or by additions in any order.
 MODES = {"split": 0, "unordered": 1}
 
-#: Where rows see few keys, the sums of dq cost more than the two products that "split" computes twice. Up to this many
-#: keys a row, by padded head dimension, a call is "split" also where nobody asked for repeatable gradients.
-#: TFLOP/s of the whole backward on an H100, split / unordered, D128: B32 S512 causal 191 / 176, full 310 / 263;
-#: B4 S4096 causal 474 / 531, full 505 / 580. At 64 columns the border is an estimate from the times at S4096.
-#: Wider heads have no kernel for dq.
+#: Up to this many keys a row, by padded head dimension, a call is "split", and so repeatable, also where nobody asked
+#: for that: it costs less than 10 percent there. Microseconds of the whole backward on an H200, split / unordered:
+#: D128 B64 H16 S256 causal 330 / 342, full 356 / 378; B32 S512 causal 411 / 396, full 513 / 488; D64 H32 S256 causal
+#: 417 / 410, full 429 / 436; S512 causal 511 / 481, full 627 / 583. More under row intervals: padded S512 369 / 329
+#: and 476 / 403. (On an H100 split was up to 18 percent faster at S512.) Wider heads have no kernel for dq.
 SPLIT_KEYS = {128: 512, 64: 256}
 
 LOG2E = 1.4426950408889634
@@ -125,14 +132,14 @@ def backward_reason(inputs: AttentionInputs) -> str | None:
 
 
 def _keys_of_a_row(inputs: AttentionInputs) -> int:
-    """How many keys rows see on average, by the flags; with row intervals a guess."""
+    """How many keys rows see on average, by the flags; with row intervals twice what there are (:data:`SPLIT_KEYS`)."""
     mask, rows, keys = inputs.mask, inputs.query.shape[1], inputs.key.shape[1]
+    if mask.row_intervals is not None:
+        return 2 * keys
     left, right = mask.window
     if mask.causal:
         right = 0
     seen = keys if right < 0 else max(keys - rows // 2, keys // 2)
-    if mask.row_intervals is not None:
-        seen = keys // 2
     return min(seen, left + max(right, 0) + 1) if left >= 0 else seen
 
 
@@ -250,6 +257,15 @@ def take_apart(
     )  # fmt: skip
 
 
+class Lists(NamedTuple):
+    """What row intervals come to, see ``backward_prepare``."""
+
+    row_bounds: Tensor
+    summary: Tensor
+    entries: Tensor
+    counts: Tensor
+
+
 class Buffers(NamedTuple):
     """What the launches of a call hand on to each other."""
 
@@ -262,8 +278,8 @@ class Buffers(NamedTuple):
     counts: Tensor | None
 
 
-def allocate(parts: Parts) -> Buffers:
-    """The buffers of a call."""
+def allocate(parts: Parts, lists: Lists | None = None) -> Buffers:
+    """The buffers of a call; ``lists``: those that an earlier call has filled."""
     device = parts.q.device
     batch, nheads = parts.sizes[:2]
     n_rows = batch * nheads * parts.n_tiles_q * parts.config.block_m
@@ -271,17 +287,17 @@ def allocate(parts: Parts) -> Buffers:
     def new(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    sums = row_bounds = summary = entries = counts = None
-    if parts.mode:
-        sums = new(torch.float32, n_rows * parts.block_d)
-    if parts.intervals is not None:
+    sums = new(torch.float32, n_rows * parts.block_d) if parts.mode else None
+    if parts.intervals is not None and lists is None:
         n_lists = parts.intervals.shape[0]
-        row_bounds = new(torch.int32, n_lists, 2, parts.n_tiles_q * parts.config.block_m)
-        summary = new(torch.int32, n_lists, 5, parts.n_tiles_q)
-        entries = new(torch.int32, n_lists, parts.n_tiles_k, parts.n_tiles_q + 1)
-        counts = new(torch.int32, n_lists, parts.n_tiles_k)
+        lists = Lists(
+            new(torch.int32, n_lists, 2, parts.n_tiles_q * parts.config.block_m),
+            new(torch.int32, n_lists, 5, parts.n_tiles_q),
+            new(torch.int32, n_lists, parts.n_tiles_k, parts.n_tiles_q + 1),
+            new(torch.int32, n_lists, parts.n_tiles_k),
+        )
     start, minus_delta = new(torch.float32, n_rows), new(torch.float32, n_rows)
-    return Buffers(start, minus_delta, sums, row_bounds, summary, entries, counts)
+    return Buffers(start, minus_delta, sums, *(lists or (None, None, None, None)))
 
 
 #: As for the forward kernel: the default of Triton up to 3.9.
@@ -313,11 +329,14 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride()))
 
 
-def rows_launch(parts: Parts, buffers: Buffers, delta: Tensor) -> Launch:
-    """The launch of ``row_numbers``; ``delta`` begins at the first row that takes part."""
+def rows_launch(parts: Parts, buffers: Buffers, delta: Tensor, summarize: bool = True) -> Launch:
+    """The launch of ``row_numbers``; ``delta`` begins at the first row that takes part.
+
+    ``summarize``: where there are row intervals, what rows see has to be worked out, too.
+    """
     batch, nheads, _, rows, keys = parts.sizes
     intervals = parts.intervals
-    n_lists = 0 if intervals is None else intervals.shape[0]
+    n_lists = 0 if intervals is None or not summarize else intervals.shape[0]
     interval_strides = (None,) * 3 if intervals is None else _strides(intervals)
     strides = (*parts.out.stride()[:3], *parts.dout.stride()[:3])
     arguments = (
@@ -389,8 +408,14 @@ def _section(parts: Parts) -> int:
     # the next section's long ones follow on this one's short ones. With fewer, as several heads to a program leave them
     # of what fits the cache, or a small section at the end, long ones come last. One H200, B4 S4096 D128: H32/8 525 ->
     # 540 TFLOP/s, H32/4 473 -> 498 (538 without groups); D64 H32/8 464 -> 457. Twice as many heads, or half: slower.
-    if parts.bounds.has_right and not parts.bounds.has_left:
-        section = max(section, tiles.device_info(parts.q.device).n_cores // parts.n_tiles_k)
+    # Under row intervals programs differ more, and many may have no work.
+    listed = parts.intervals is not None
+    if listed or (parts.bounds.has_right and not parts.bounds.has_left):
+        waves = 1
+        if parts.intervals is not None:
+            waves = LISTED_WAVES if parts.intervals.shape[0] > 1 else LISTED_WAVES_OF_ONE_LIST
+        n_programs = waves * tiles.device_info(parts.q.device).n_cores
+        section = max(section, n_programs // parts.n_tiles_k)
         even = (size for size in range(section, 2 * section + 1) if n_heads % size == 0)
         section = n_heads if section >= n_heads else next(even, section)
     return section
@@ -423,7 +448,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         _descriptor(parts.q, block_m, dim), _descriptor(parts.k, keys_n, dim), _descriptor(parts.v, keys_n, v_dim),
         _descriptor(parts.dout, block_m, v_dim), _row_descriptor(buffers.start, block_m),
         _row_descriptor(buffers.minus_delta, block_m), _row_descriptor(row_bounds, block_m),
-        *sums, dk, dv, buffers.entries, buffers.counts, buffers.row_bounds, list_stride, nheads, nheads_k,
+        *sums, dk, dv, buffers.entries, buffers.counts, buffers.summary, list_stride, nheads, nheads_k,
         heads_per_split, parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2),
         parts.n_tiles_q, n_heads, _section(parts) if section is None else section, bounds.right, bounds.left,
         parts.scale, parts.scale * LOG2E, 2.0 * LOG2E * parts.scale / softcap if softcap else 0.0, softcap * LOG2E,
@@ -465,7 +490,8 @@ def dq_rows_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:
     """The launch that brings the sums of dq into rows; ``dq`` begins at the first row that takes part."""
     batch, nheads, _, rows, _ = parts.sizes
     arguments = (
-        buffers.dq_sums, buffers.start, dq, *dq.stride()[:3], nheads, rows, parts.n_tiles_q, parts.scale,
+        buffers.dq_sums, buffers.start, buffers.summary, dq, *dq.stride()[:3], nheads, rows, parts.n_tiles_q,
+        0 if parts.intervals is None else parts.intervals.shape[0], parts.scale,
     )  # fmt: skip
     options = {
         "HEAD_DIM": parts.q.shape[3],
@@ -491,14 +517,23 @@ def _likeness(inputs: AttentionInputs, given: tuple[Tensor | None, ...], mode: s
     return (layouts, q.dtype, q.device, mask.causal, mask.window, inputs.softmax_scale, inputs.softcap, mode)
 
 
+def _lists_key(inputs: AttentionInputs, mode: str) -> tuple[Any, ...]:
+    """What :class:`Lists` depend on beside the row intervals: lengths, flags, and what tiles depend on."""
+    q, v, mask = inputs.query, inputs.value, inputs.mask
+    return ("hopper backward", q.shape[1], v.shape[1], mask.causal, mask.window, q.shape[3], v.shape[3], mode)
+
+
 def _remember(
     likeness: tuple[Any, ...],
     launches: list[Launch],
     given: tuple[Tensor | None, ...],
     results: tuple[Tensor, ...],
     buffers: Buffers,
+    kept: tuple[Tensor, ...],
 ) -> None:
-    found = replay.record(launches, given, results, tuple(buffer for buffer in buffers if buffer is not None))
+    elsewhere = {id(tensor) for tensor in (*results, *kept)}
+    own = tuple(buffer for buffer in buffers if buffer is not None and id(buffer) not in elsewhere)
+    found = replay.record(launches, given, results, own, kept)
     if found is not None:
         if len(_replays) >= _MOST_REPLAYS:
             _replays.clear()
@@ -530,12 +565,23 @@ def backward(
     tuning = config is not None or section is not None
     mode = mode_for(inputs) if mode is None else mode
     given = (q, inputs.key, v, out, dout, softmax_lse, inputs.mask.row_intervals)
+    # With row intervals, what follows from them alone may be there from another layer's call, or be kept for the next.
+    keeping, lists, lists_key = None, None, None
+    if inputs.mask.row_intervals is not None and not tuning:
+        keeping = shared(inputs.mask.row_intervals)
+        if keeping is not None:
+            lists_key = _lists_key(inputs, mode)
+            lists = keeping.get(lists_key)
     likeness = None if tuning else _likeness(inputs, given, mode)
+    if likeness is not None:
+        likeness = (*likeness, keeping is not None, lists is not None)
     known = None if likeness is None else _replays.get(likeness)
     if known is not None:
-        results = known(given)
+        results = known((*given, *(lists or ())))
         if results is not None:
-            dq, dk, dv, delta = results
+            dq, dk, dv, delta, *filled = results
+            if filled and keeping is not None:
+                keeping[lists_key] = Lists(*filled)
             return Gradients(dq, dk[0], dv[0], delta)
     parts = take_apart(inputs, out, softmax_lse, dout, mode, config)
     batch, seqlen_q, nheads, head_dim = q.shape
@@ -555,18 +601,23 @@ def backward(
     if first_key:
         dk[:, :, :first_key].zero_()
         dv[:, :, :first_key].zero_()
-    buffers = allocate(parts)
-    launches = [rows_launch(parts, buffers, delta[:, :, first_row:])]
-    if parts.intervals is not None:
+    buffers = allocate(parts, lists)
+    launches = [rows_launch(parts, buffers, delta[:, :, first_row:], lists is None)]
+    if parts.intervals is not None and lists is None:
         launches.append(lists_launch(parts, buffers))
     launches.append(main_launch(parts, buffers, dk[:, :, first_key:], dv[:, :, first_key:], section))
     if parts.mode:
         launches.append(dq_rows_launch(parts, buffers, dq[:, first_row:]))
     for each in launches:
         each.run()
+    made: tuple[Tensor, ...] = ()
+    if keeping is not None and lists is None:
+        assert buffers.row_bounds is not None and buffers.summary is not None
+        assert buffers.entries is not None and buffers.counts is not None
+        made = keeping[lists_key] = Lists(buffers.row_bounds, buffers.summary, buffers.entries, buffers.counts)
     if parts.mode:
         if likeness is not None and splits == 1 and not (first_row or first_key):
-            _remember(likeness, launches, given, (dq, dk, dv, delta), buffers)
+            _remember(likeness, launches, given, (dq, dk, dv, delta, *made), buffers, lists or ())
     else:
         summary, last = backward_dq_launch.prepare(inputs, parts, buffers, dq[:, first_row:])
         if summary is not None:

@@ -35,6 +35,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward import (
+    COUNT_COVERED,
+    COUNT_ENTRIES,
     DQ_BARRIER,
     ENTRY_DIRTY,
     ENTRY_MASKED,
@@ -107,7 +109,7 @@ def _producer(
     start_smem, delta_smem, bounds_smem, entry_smem = small
     kv_full, q_full, dout_full, dirty_full = bars
     batch, k_head, first_head, n_heads, nheads, first_key, first_tile, n, n_before, rotation, n_tiles_q = where
-    entries_ptr, bounds_ptr, n_rows, bounds_at = pointers
+    entries_ptr, hidden_ptr, n_rows, bounds_at = pointers
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     QK_BYTES: gl.constexpr = (WIDE + MORE) * 2
     V_BYTES: gl.constexpr = V_WIDE * 2
@@ -117,13 +119,20 @@ def _producer(
     N_V: gl.constexpr = V_WIDE // 64
     Q_SWIZZLED: gl.constexpr = q_smem.layout
 
-    mbarrier.expect(kv_full.index(0), KEYS * QK_BYTES)
-    _load_columns(k_desc, batch, first_key, k_head, 0, kv_full.index(0), k_smem, 0, KEYS, WIDE)
-    if MORE > 0:
-        _load_columns(k_desc, batch, first_key, k_head, WIDE, kv_full.index(0), k2_smem, 0, KEYS, MORE)
-    if LISTED:  # v is waited for before the first step
-        mbarrier.expect(kv_full.index(1), KEYS * V_BYTES)
-        _load_columns(v_desc, batch, first_key, k_head, 0, kv_full.index(1), v_smem, 0, KEYS, V_WIDE)
+    if LISTED:
+        entry = gl.load(entries_ptr)  # each is asked for a step ahead
+        if n > 0:  # v may have to be cleaned before the first step
+            mbarrier.expect(kv_full.index(0), KEYS * QK_BYTES)
+            _load_columns(k_desc, batch, first_key, k_head, 0, kv_full.index(0), k_smem, 0, KEYS, WIDE)
+            if MORE > 0:
+                _load_columns(k_desc, batch, first_key, k_head, WIDE, kv_full.index(0), k2_smem, 0, KEYS, MORE)
+            mbarrier.expect(kv_full.index(1), KEYS * V_BYTES)
+            _load_columns(v_desc, batch, first_key, k_head, 0, kv_full.index(1), v_smem, 0, KEYS, V_WIDE)
+    else:
+        mbarrier.expect(kv_full.index(0), KEYS * QK_BYTES)
+        _load_columns(k_desc, batch, first_key, k_head, 0, kv_full.index(0), k_smem, 0, KEYS, WIDE)
+        if MORE > 0:
+            _load_columns(k_desc, batch, first_key, k_head, WIDE, kv_full.index(0), k2_smem, 0, KEYS, MORE)
     it = 0
     dirty_phase = 0
     for phase in gl.static_range(PHASES):
@@ -139,7 +148,6 @@ def _producer(
                     tile = i + rotation
                     tile = first_tile + gl.where(tile >= n, tile - n, tile)
                 if LISTED:
-                    entry = gl.load(entries_ptr + i)
                     tile = entry & ENTRY_TILE
                     dirty = (entry & ENTRY_DIRTY) != 0
                 row = tile * BLOCK_M
@@ -149,6 +157,7 @@ def _producer(
                     entry_smem.index(stage).store(gl.full([1], entry, gl.int32, ONE))
                     gl.thread_barrier()  # an `expect`, unlike an `arrive`, publishes only what its own thread wrote
                 if LISTED and dirty:
+                    hidden = gl.load(hidden_ptr + tile)
                     if it >= DOUT_STAGES:
                         meet("sync", DOUT_BARRIER + dout_stage)
                     mbarrier.expect(dirty_full, BLOCK_M * (QK_BYTES + V_BYTES) + 2 * ROW_BYTES + BOUND_BYTES)
@@ -165,15 +174,15 @@ def _producer(
                     mbarrier.wait(dirty_full, dirty_phase)
                     dirty_phase = dirty_phase ^ 1
                     q_blocks = q_smem._reinterpret(q_smem.dtype, [Q_STAGES * N_Q * BLOCK_M // 8, 8, 64], Q_SWIZZLED)
-                    _zero_hidden_rows(q_blocks, stage, row, bounds_ptr, n_rows, BLOCK_M, WIDE)
+                    _zero_hidden_rows(q_blocks, stage, bounds_smem, stage, hidden, BLOCK_M, WIDE)
                     if MORE > 0:
                         more_blocks = q2_smem._reinterpret(q_smem.dtype, [Q_STAGES * BLOCK_M // 8, 8, 64], Q_SWIZZLED)
-                        _zero_hidden_rows(more_blocks, stage, row, bounds_ptr, n_rows, BLOCK_M, MORE)
+                        _zero_hidden_rows(more_blocks, stage, bounds_smem, stage, hidden, BLOCK_M, MORE)
                     mbarrier.arrive(q_full.index(stage), count=1)
                     dout_blocks = dout_smem._reinterpret(
                         q_smem.dtype, [DOUT_STAGES * N_V * BLOCK_M // 8, 8, 64], Q_SWIZZLED
                     )
-                    _zero_hidden_rows(dout_blocks, dout_stage, row, bounds_ptr, n_rows, BLOCK_M, V_WIDE)
+                    _zero_hidden_rows(dout_blocks, dout_stage, bounds_smem, stage, hidden, BLOCK_M, V_WIDE)
                     mbarrier.arrive(dout_full.index(dout_stage), count=1)
                 else:
                     full = q_full.index(stage)
@@ -196,6 +205,8 @@ def _producer(
                     mbarrier.expect(full, BLOCK_M * V_BYTES + ROW_BYTES)
                     _load_columns(dout_desc, batch, row, head, 0, full, dout_smem, dout_stage * N_V, BLOCK_M, V_WIDE)
                     tma.async_copy_global_to_shared(delta_desc, [rows_at + row], full, delta_smem.index(dout_stage))
+                if LISTED:
+                    entry = gl.load(entries_ptr + gl.where(i + 1 < n, i + 1, 0))
                 it += 1
     # Leave no barrier half full.
     for last in range(max(it, Q_STAGES), it + Q_STAGES):
@@ -692,7 +703,7 @@ def _consumer(
     kv_full, q_full, dout_full = bars
     dk_ptr, dv_ptr, dk_stride, dv_stride, scale = dkv
     first_key, seqlen_k, n_heads, first_tile = work
-    n, n_before, n_full = steps
+    n, n_before, n_full, covered = steps
     L: gl.constexpr = key_layout(KEYS, BLOCK_M)
     zeros = gl.full([KEYS, BLOCK_M], 0.0, gl.float32, L)
     keys = first_key + gl.arange(0, KEYS, gl.SliceLayout(1, L))
@@ -706,18 +717,20 @@ def _consumer(
     total = n * n_heads
     step_bars = (q_full, dout_full)
 
-    mbarrier.wait(kv_full.index(0), 0)
     if LISTED:
-        mbarrier.wait(kv_full.index(1), 0)
-        _zero_not_finite(k_smem.index(0))
-        if MORE > 0:
-            _zero_not_finite(k2_smem.index(0))
-        _zero_not_finite(v_smem.index(0))
-        gl.thread_barrier()
+        mbarrier.wait(kv_full.index(0), 0, pred=total > 0)
+        if (total > 0) & (covered == 0):
+            mbarrier.wait(kv_full.index(1), 0)
+            _zero_not_finite(k_smem.index(0))
+            if MORE > 0:
+                _zero_not_finite(k2_smem.index(0))
+            _zero_not_finite(v_smem.index(0))
+            gl.thread_barrier()
+    else:
+        mbarrier.wait(kv_full.index(0), 0)
     if total > 0:
         scores = _start_scores(0, tiles, rows, q_full, zeros, Q_STAGES, HAS_SOFTCAP, MORE)
-        if not LISTED:
-            mbarrier.wait(kv_full.index(1), 0)
+        mbarrier.wait(kv_full.index(1), 0)
         masked = False
         if LISTED:
             masked = (_read(entry_smem.index(0)) & ENTRY_MASKED) != 0
@@ -801,7 +814,7 @@ def attention_backward_wide(
     dv_ptr,
     entries_ptr,
     counts_ptr,
-    bounds_ptr,
+    summary_ptr,
     list_stride,
     nheads,
     nheads_k,
@@ -861,12 +874,16 @@ def attention_backward_wide(
     )
     n_rows = n_tiles_q * BLOCK_M
     bounds_at = 0
+    covered = 0
     if LISTED:
         list_at = batch * list_stride
-        n = gl.load(counts_ptr + list_at + tile_n)
+        count = gl.load(counts_ptr + list_at + tile_n)
+        n = count & COUNT_ENTRIES
+        covered = count & COUNT_COVERED
         entries_ptr += (list_at + tile_n).to(gl.int64) * (n_tiles_q + 1)
-        bounds_at = gl.where(list_stride > 0, batch, 0) * 2 * n_rows
-        bounds_ptr += bounds_at
+        which = gl.where(list_stride > 0, batch, 0)
+        bounds_at = which * 2 * n_rows
+        summary_ptr += (5 * which + 4) * n_tiles_q
     rotation = 0
     if ROTATE:
         rotation = tile_n * (KEYS // BLOCK_M) % n
@@ -940,10 +957,10 @@ def attention_backward_wide(
     )  # fmt: skip
     descs = (q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc, bounds_desc)
     blocks = (q_blocks, q2_blocks, k_blocks, k2_blocks, v_blocks, dout_blocks)
-    pointers = (entries_ptr, bounds_ptr, n_rows, bounds_at)
+    pointers = (entries_ptr, summary_ptr, n_rows, bounds_at)
     PHASES: gl.constexpr = 2 if MASK == MASK_LEADING and GROUPED else 1
     bars = (kv_full, q_full, dout_full)
-    steps = (n, n_before, n_full)
+    steps = (n, n_before, n_full, covered)
     fill_bars = (kv_full, q_full, dout_full, dirty_full)
     gl.warp_specialize(
         [

@@ -76,18 +76,23 @@ class Replay:
 
 
 def record(
-    launches: list[Launch], given: tuple[Tensor | None, ...], results: tuple[Tensor, ...], buffers: tuple[Tensor, ...]
+    launches: list[Launch],
+    given: tuple[Tensor | None, ...],
+    results: tuple[Tensor, ...],
+    buffers: tuple[Tensor, ...],
+    kept: tuple[Tensor, ...] = (),
 ) -> Replay | None:
     """The :class:`Replay` of launches that have run; None where it is not clear which tensor an argument belongs to.
 
     Args:
         given: the call's own tensors, the same objects that the launches got, the query first.
         results, buffers: what was allocated for the call; launches may have got views that begin where these do.
+        kept: the same of an earlier call; they are to be given after ``given``.
     """
     known = {id(tensor): number for number, tensor in enumerate(given) if tensor is not None}
     if len(known) != sum(tensor is not None for tensor in given):
         return None  # one tensor in two roles: of another call's two tensors it would be unclear which
-    made = {tensor.data_ptr(): len(given) + number for number, tensor in enumerate((*results, *buffers))}
+    made = {tensor.data_ptr(): len(given) + number for number, tensor in enumerate((*kept, *results, *buffers))}
 
     def owner(tensor: Tensor) -> int | None:
         return known.get(id(tensor), made.get(tensor.data_ptr()))

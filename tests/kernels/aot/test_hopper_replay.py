@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this Triton has no Gluon for Hopper")
 
 from hf_flash_plus.inputs import AttentionInputs
+from hf_flash_plus.interval_cache import share
 from hf_flash_plus.kernels.hopper import backward_launch, launching
 from hf_flash_plus.masks import CAUSAL, FULL, AttentionMask
 
@@ -113,6 +114,40 @@ def test_the_same_launches_of_other_tensors(make: Any, compiled: Compiled) -> No
     assert len(set(others.values())) == len(others) == (7 if make is intervals else 3)
     for a, b in zip(mine, replayed):
         assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+
+
+def test_lists_are_kept_with_the_mask(compiled: Compiled) -> None:
+    """What follows from row intervals alone is worked out once for each mask that is known, launched anew or again."""
+
+    def backward(mask: AttentionMask, seed: int, mode: str = "unordered") -> tuple[list[Any], list[Any]]:
+        """Addresses of the lists in the main launch, and how many lists ``row_numbers`` and ``lists`` make."""
+        compiled.launched = []
+        backward_launch.backward(*call(mask, seed), mode=mode)
+        rows, *lists, main, _ = compiled.launched
+        names = backward_launch._plan("main", (), ()).kernel.arg_names
+        where = [names.index(name) for name in ("bounds_desc", "entries_ptr", "counts_ptr", "summary_ptr")]
+        found = [main[1][position] for position in where]
+        addresses = [each if isinstance(each, int) else each[1] for each in found]
+        row_names = backward_launch._plan("rows", (), ()).kernel.arg_names
+        return addresses, [rows[1][row_names.index("n_lists")], len(lists)]
+
+    first, second = intervals(), intervals()
+    for mask in (first, second):
+        assert mask.row_intervals is not None
+        share(mask.row_intervals)
+    kept = []
+    for turn, mask in enumerate((first, second)):  # anew, and then as was recorded with the first mask
+        addresses, made = backward(mask, turn)
+        assert made == [2, 1]
+        kept.append(addresses)
+        for seed in range(3):
+            assert backward(mask, seed) == (addresses, [0, 0])
+    assert len(backward_launch._replays) == 2
+    assert not set(kept[0]) & set(kept[1])
+    assert backward(first, 9) == (kept[0], [0, 0])
+    first.row_intervals[:, 0] = 0
+    assert backward(first, 10)[1] == [2, 1], "of a mask that was changed nothing is known"
+    assert backward(intervals(), 11)[1] == [2, 1]
 
 
 def test_what_is_not_replayed(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:

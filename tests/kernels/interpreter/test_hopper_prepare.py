@@ -27,6 +27,9 @@ CASES = [
     replace(BASE, features=("left_padding",), head_dim=96, v_head_dim=128),
     replace(BASE, features=("one_interval", "causal"), nheads=4, nheads_k=2),
     replace(BASE, features=("nothing",)),
+    replace(BASE, features=("right_padding",), batch=3, seqlen_q=400, seqlen_k=390),
+    replace(BASE, features=("ends",), seqlen_q=600, seqlen_k=700),
+    replace(BASE, features=("ends",), seqlen_q=600, seqlen_k=700, head_dim=128, v_head_dim=128),
     *(
         replace(BASE, features=features, head_dim=dim, v_head_dim=v_dim)
         for features in (("causal",), ("packed", "softcap"))
@@ -80,10 +83,13 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
         )
         if listed:
             which = b if buffers.counts.shape[0] > 1 else 0
-            n = int(buffers.counts[which, tile_n])
+            count = int(buffers.counts[which, tile_n])
+            n, covered = count & ((1 << 30) - 1), bool(count >> 30 & 1)
         k = _rows(parts.k, b, k_head, first_key, block_n, dim)
         v = _rows(parts.v, b, k_head, first_key, block_n, parts.v_block_d)
-        if listed:
+        if listed and n == 0:
+            k, v = torch.zeros_like(k), torch.zeros_like(v)  # not read
+        elif listed and not covered:
             k, v = _finite(k), _finite(v)
         dk_sum, dv_sum = torch.zeros_like(k), torch.zeros_like(v)
         first_head = k_head * (nheads // nheads_k) + split * group
@@ -100,8 +106,12 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
                 if listed:
                     start, end = buffers.row_bounds[which][:, row[0]]
                     visible = (key >= start) & (key < end)
+                    hidden = int(buffers.summary[which, 4, tile])
+                    assert dirty == (hidden > 0)
                     if dirty:
-                        q, dout = (torch.where((end > start)[:, None], x, 0.0) for x in (q, dout))
+                        block = torch.arange(block_m) // 8
+                        hides = (end <= start) & (block >= hidden & 255) & (block < hidden >> 8)
+                        q, dout = (torch.where(hides[:, None], 0.0, x) for x in (q, dout))
                 elif bounds.has_left or bounds.has_right:
                     visible = (key <= row + bounds.right) & (key >= row + bounds.left)
                 at = (b * nheads + head) * parts.n_tiles_q + tile
@@ -128,6 +138,65 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
             dk.dtype
         )
         dv[split, b, first_key : first_key + inside, k_head] = dv_sum[:inside, : dv.shape[4]].to(dv.dtype)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("feature", ["right_padding", "ends", "packed", "intervals", "one_interval", "nothing"])
+def test_what_is_not_seen(feature: str, dim: int) -> None:
+    """Of row tiles that see nothing no sum is zeroed or read; lists are exact, and where they say that all keys of a
+    tile are seen, they are."""
+    case = replace(BASE, features=(feature,), batch=3, seqlen_q=600, seqlen_k=700, head_dim=dim, v_head_dim=dim)
+    built = build(case)
+    inputs, intervals = built.inputs, built.inputs.mask.row_intervals
+    assert intervals is not None
+    key = torch.arange(case.seqlen_k)
+    seen = (key >= intervals[..., :1]) & (key < intervals[..., 1:])
+    seen = seen.expand(case.batch, -1, -1) if intervals.shape[0] > 1 else seen
+    out, dout = torch.ones(2, case.batch, case.seqlen_q, case.nheads, dim).to(case.dtype)
+    lse = torch.zeros(case.batch, case.nheads, case.seqlen_q)
+    parts = backward_launch.take_apart(inputs, out, lse, dout, "unordered")
+    assert parts is not None
+    buffers = backward_launch.allocate(parts)
+    assert buffers.dq_sums is not None and buffers.summary is not None
+    assert buffers.entries is not None and buffers.counts is not None
+    delta = torch.full_like(lse, NAN)
+    buffers.dq_sums.fill_(NAN)
+    backward_launch.rows_launch(parts, buffers, delta).run()
+    backward_launch.lists_launch(parts, buffers).run()
+
+    block_m, block_n, n_q = parts.config.block_m, parts.config.keys, parts.n_tiles_q
+    rows = torch.nn.functional.pad(seen, (0, 0, 0, n_q * block_m - case.seqlen_q)).unflatten(1, (n_q, block_m))
+    real = torch.arange(n_q * block_m).view(n_q, block_m) < case.seqlen_q
+    sees = rows.any(-1)  # list, tile, row
+    busy = sees.any(-1).expand(case.batch, -1)[:, None].expand(-1, case.nheads, -1)
+    sums = buffers.dq_sums.view(case.batch, case.nheads, n_q, -1)
+    assert sums[~busy].isnan().all() and (sums[busy] == 0).all()
+    expected = torch.where(seen.any(-1), float(dim), 0.0)[:, None].expand_as(delta)
+    torch.testing.assert_close(delta, expected, rtol=0, atol=0)
+    start = buffers.start.view(case.batch, case.nheads, n_q, block_m)
+    assert torch.equal(start == float("-inf"), ~sees.expand(case.batch, -1, -1)[:, None].expand_as(start))
+    for which in range(rows.shape[0]):
+        for tile_n in range(parts.n_tiles_k):
+            tile = rows[which, :, :, tile_n * block_n : (tile_n + 1) * block_n]
+            count = int(buffers.counts[which, tile_n])
+            entries = buffers.entries[which, tile_n, : count & ((1 << 30) - 1)].tolist()
+            listed = [entry & ((1 << 29) - 1) for entry in entries]
+            # Between the first and the last key that a row tile sees there may be some that it does not see.
+            assert set(tile.flatten(1).any(1).nonzero().flatten().tolist()) <= set(listed) and listed == sorted(listed)
+            if count >> 30:
+                assert tile.flatten(0, 1).any(0).all()
+            for entry, at in zip(entries, listed):
+                assert bool(entry >> 29 & 1) == (not tile[at][sees[which, at]].all())
+                hides = (real[at] & ~sees[which, at]).view(-1, 8).any(1).nonzero().flatten().tolist()
+                assert bool(entry >> 30 & 1) == bool(hides)
+                hidden = int(buffers.summary[which, 4, at])
+                assert hidden == (hides[0] + 256 * (hides[-1] + 1) if hides else 0)
+
+    sums[busy] = 1.0
+    dq = torch.full((case.batch, case.seqlen_q, case.nheads, dim), NAN, dtype=case.dtype)
+    backward_launch.dq_rows_launch(parts, buffers, dq).run()
+    weighs = seen.any(-1).expand(case.batch, -1)
+    assert (dq[~weighs] == 0).all() and (dq[weighs] == torch.tensor(parts.scale, dtype=case.dtype)).all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

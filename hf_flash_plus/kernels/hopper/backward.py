@@ -6,25 +6,20 @@ tensor memory accelerator. Two warpgroups, 64 keys each, compute transposed (key
     p  = exp(scale * k q^T - lse)       dp = v dout^T - delta        ds = p * dp
     dv = p dout                         dk = scale * ds q            dq = scale * ds^T k
 
-p and ds go from registers into the products for dv and dk, which stay in registers over all query tiles (and, with
-grouped heads, over the query heads of the group). dq needs ds of all keys, through shared memory. Its parts go through
-shared memory too, to a storer warp that has the tensor memory accelerator add them to sums in fp32. The sums of all key
-tiles' parts come in any order: the last bits of dq differ from run to run. Without dq (WITH_DQ false; ``backward_dq``
-computes it) the rest is bitwise repeatable.
+``-lse / scale`` and ``-delta`` are the start values of the first two products, so that they cost nothing. p and ds go
+from registers into the products for dv and dk, which stay in registers over all query tiles (and, with grouped heads,
+over the query heads of the group). dq needs ds of all keys, through shared memory. Its parts go through shared memory
+too, to a storer warp that has the tensor memory accelerator add them to sums in fp32. The sums of all key tiles' parts
+come in any order: the last bits of dq differ from run to run. Without dq (WITH_DQ false; ``backward_dq`` computes it)
+the rest is bitwise repeatable.
 
 Both warpgroups are one partition of 8 warps, since only the kernel's first partition gets uniform registers from ptxas;
 in one of their own, the addresses of the products' operands would take so many of the others that it spills. They meet
-at ds. All else is said by barriers at which they only arrive (Gluon's own arrival would make them wait).
+once a step, at ds. All else is said by barriers at which they only arrive (Gluon's own arrival would make them wait).
 
-A step: scores and dp are started together. Their columns (query rows) are worked on in two halves, so that the tensor
-cores have dv and dk of the first while the weights of the second are made; dq is started before the second half of dk,
-so that dq goes to shared memory beside that. Every product ends in the step that starts it. The order of waits is what
-keeps ptxas from serialising the products: change it only with its warnings C7510 to C7519 in view, which
-tests/kernels/aot checks. Products that start at numbers of rows (-lse, -delta) would save additions; but then ptxas
-lets dp wait for the scores.
-
-Triton sees that ds of the step before may still be read where ds is stored, and makes all threads meet once more,
-unless it is in another allocation: PAIRS computes two steps in an iteration, each with an allocation of its own.
+A step: dv is started as soon as p is there, so that ds is computed beside it; dq is started before dk, so that dq goes
+to shared memory beside dk; the next step's scores are started at the end. The order of waits is what keeps ptxas from
+serialising the products: change it only with its warnings C7510 to C7519 in view, which tests/kernels/aot checks.
 """
 
 from __future__ import annotations
@@ -41,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .primitives import opaque, retire
+from .primitives import retire
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -339,31 +334,16 @@ def scores_layout(columns):
 
 
 @gluon.jit
-def _halves(x, L: gl.constexpr):
-    """The first and the last half of the columns, as they lie in registers."""
-    first, last = x.reshape([BLOCK_N, 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
-    return gl.convert_layout(first, L, assert_trivial=True), gl.convert_layout(last, L, assert_trivial=True)
-
-
-@gluon.jit
-def _numbers_of_rows(buffer, HALF: gl.constexpr, L: gl.constexpr):
-    """Of one half of a tile's query rows, beside each key; ``L``: the layout of half the scores."""
-    N: gl.constexpr = L.instr_shape[1]
-    return buffer.slice(HALF * N, N).load(gl.SliceLayout(0, L))[None, :]
-
-
-@gluon.jit
-def _visible(
-    first_key, first_row, right, left, bounds, HALF: gl.constexpr, HAS_LEFT: gl.constexpr, LISTED: gl.constexpr,
-    L: gl.constexpr,
-):  # fmt: skip
-    """Which keys (rows of the tile) each query row of a half (its columns) sees; ``L``: half the scores' layout."""
+def _visible(first_key, first_row, right, left, bounds, HAS_LEFT: gl.constexpr, LISTED: gl.constexpr, L: gl.constexpr):
+    """Which keys (rows of the tile) each query row (its columns) sees; ``L``: the layout of scores."""
     bounds_smem, stage = bounds
     keys = (first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, L)))[:, None]
-    rows = HALF * L.instr_shape[1] + gl.arange(0, L.instr_shape[1], gl.SliceLayout(0, L))
+    rows = gl.arange(0, L.instr_shape[1], gl.SliceLayout(0, L))
     if LISTED:
-        visible = keys >= _numbers_of_rows(bounds_smem.index(2 * stage), HALF, L)
-        visible = visible & (keys < _numbers_of_rows(bounds_smem.index(2 * stage + 1), HALF, L))
+        start = bounds_smem.index(2 * stage).load(gl.SliceLayout(0, L))
+        visible = keys >= start[None, :]
+        end = bounds_smem.index(2 * stage + 1).load(gl.SliceLayout(0, L))
+        visible = visible & (keys < end[None, :])
     else:
         visible = keys <= (first_row + right + rows)[None, :]
         if HAS_LEFT:
@@ -372,63 +352,42 @@ def _visible(
 
 
 @gluon.jit
-def _weights(s, key_start, row_start, numbers, HAS_SOFTCAP: gl.constexpr, TAIL: gl.constexpr, STARTED: gl.constexpr):
-    """``(p, p with the derivative of softcap)`` from the scores. ``key_start`` is -inf beyond the last key, else 0;
-    ``row_start``, (1, rows): -lse * log2(e), unless scores started at -lse / scale (STARTED)."""
+def _weights(s, key_start, row_start, numbers, HAS_SOFTCAP: gl.constexpr, TAIL: gl.constexpr):
+    """``(p, p with the derivative of softcap)`` from the scores. ``key_start`` is -inf beyond the last key, else 0."""
     scale2, cap_in, cap_out = numbers
     if HAS_SOFTCAP:
         t = 1.0 - 2.0 / (1.0 + gl.exp2(s * cap_in))
-        x = t * cap_out + row_start
+        x = t * cap_out + row_start[None, :]
         if TAIL:
             x = x + key_start[:, None]
         p = gl.exp2(x)
         g = p * (1.0 - t * t)
     else:
-        if STARTED:
-            x = s * scale2
-        else:
-            x = s * scale2 + row_start
         if TAIL:
-            x = x + key_start[:, None]
-        p = gl.exp2(x)
+            p = gl.exp2(s * scale2 + key_start[:, None])
+        else:
+            p = gl.exp2(s * scale2)
         g = p
     return p, g
 
 
 @gluon.jit
-def _half_weights(
-    s, tile, masked, first_key, key_start, start_smem, bounds_smem, stage, numbers, HALF: gl.constexpr,
-    BLOCK_M: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, LISTED: gl.constexpr,
-    HAS_SOFTCAP: gl.constexpr, TAIL: gl.constexpr, L: gl.constexpr,
-):  # fmt: skip
-    """:func:`_weights` of half a tile, 0 where a row does not see a key."""
-    right, left, scale2, cap_in, cap_out = numbers
-    row_start = _numbers_of_rows(start_smem.index(stage), HALF, L)
-    p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL, False)
-    bounds = (bounds_smem, stage)
-    if MASK == 1:
-        visible = _visible(first_key, tile * BLOCK_M, right, left, bounds, HALF, HAS_LEFT, LISTED, L)
-        p = gl.where(visible, p, 0.0)
-        if HAS_SOFTCAP:
-            g = gl.where(visible, g, 0.0)
-        else:
-            g = p
-    if MASK == 2:
-        if masked:
-            visible = _visible(first_key, tile * BLOCK_M, right, left, bounds, HALF, HAS_LEFT, LISTED, L)
-            p = gl.where(visible, p, 0.0)
-            if HAS_SOFTCAP:
-                g = gl.where(visible, g, 0.0)
-        if not HAS_SOFTCAP:
-            g = p
-    return p, g
+def _next_start(start_smem, stage, zeros, HAS_SOFTCAP: gl.constexpr, L: gl.constexpr):
+    """What the product of scores starts at: -lse / scale of each row, or (with softcap) nothing."""
+    if HAS_SOFTCAP:
+        start = zeros
+    else:
+        _, start = gl.broadcast(zeros, start_smem.index(stage).load(gl.SliceLayout(0, L))[None, :])
+    return start
 
 
 @gluon.jit
 def _step(
     it,
+    total,
     tile,
     masked,
+    scores,
     dk,
     dv,
     first_key,
@@ -446,96 +405,80 @@ def _step(
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
-    BUFFER: gl.constexpr,
 ):
-    """One query tile.
+    """One query tile. ``scores`` was started at the end of the step before; this one starts those of the next.
 
     Args:
         MASK: 0: nothing to mask; 1: mask; 2: mask where ``masked`` says so.
-        BUFFER: which allocation ds goes to.
     """
     q_smem, k_smem, v_smem, dout_smem, ds_smem, start_smem, delta_smem, dq_smem = shared
     q_full, dout_full, dq_free = bars
+    right, left, scale2, cap_in, cap_out = numbers
     DTYPE: gl.constexpr = q_smem.dtype
-    ROWS: gl.constexpr = BLOCK_M // 2  # of a half
     L: gl.constexpr = scores_layout(BLOCK_M)
-    HALF_L: gl.constexpr = scores_layout(ROWS)
     OUT_L: gl.constexpr = scores_layout(BLOCK_D)
     P_L: gl.constexpr = gl.DotOperandLayout(0, OUT_L, 2)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, L)
     zeros = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, L)
-    it = opaque(it)  # of two steps in an iteration, ptxas would keep all addresses in registers
-    stage, phase = it % STAGES, (it // STAGES) & 1
-    q, dout = q_smem.index(stage), dout_smem.index(stage)
-    deltas = delta_smem.index(stage)
+    stage, phase, buffer = it % STAGES, (it // STAGES) & 1, it % 2
+    bounds = (bounds_smem, stage)
+    next_stage, next_phase = (it + 1) % STAGES, ((it + 1) // STAGES) & 1
 
-    mbarrier.wait(q_full.index(stage), phase)
-    s_async = warpgroup_mma(k_smem, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(dout_full.index(stage), phase)
-    dp_async = warpgroup_mma(v_smem, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    s1, s2 = _halves(warpgroup_mma_wait(1, deps=[s_async]), HALF_L)
-    p1, g1 = _half_weights(
-        s1, tile, masked, first_key, key_start, start_smem, bounds_smem, stage, numbers, 0, BLOCK_M, MASK, HAS_LEFT,
-        LISTED, HAS_SOFTCAP, TAIL, HALF_L,
-    )  # fmt: skip
-    dv = warpgroup_mma(gl.convert_layout(p1.to(DTYPE), P_L), dout.slice(0, ROWS), dv, is_async=True)
-    dp1, dp2 = _halves(warpgroup_mma_wait(1, deps=[dp_async]), HALF_L)
-    ds1 = (g1 * (dp1 + _numbers_of_rows(deltas, 0, HALF_L))).to(DTYPE)
-    dk = warpgroup_mma(gl.convert_layout(ds1, P_L), q.slice(0, ROWS), dk, is_async=True)
-    p2, g2 = _half_weights(
-        s2, tile, masked, first_key, key_start, start_smem, bounds_smem, stage, numbers, 1, BLOCK_M, MASK, HAS_LEFT,
-        LISTED, HAS_SOFTCAP, TAIL, HALF_L,
-    )  # fmt: skip
-    dv = warpgroup_mma(gl.convert_layout(p2.to(DTYPE), P_L), dout.slice(ROWS, ROWS), dv, is_async=True)
-    ds2 = (g2 * (dp2 + _numbers_of_rows(deltas, 1, HALF_L))).to(DTYPE)
+    _, delta = gl.broadcast(zeros, delta_smem.index(stage).load(COLUMNS)[None, :])
+    s = warpgroup_mma_wait(0, deps=[scores])
+    dp_async = warpgroup_mma(v_smem, dout_smem.index(stage).permute((1, 0)), delta, is_async=True)
+    if HAS_SOFTCAP:
+        row_start = start_smem.index(stage).load(COLUMNS)
+    else:
+        row_start = key_start
+    p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL)
+    if MASK == 1:
+        visible = _visible(first_key, tile * BLOCK_M, right, left, bounds, HAS_LEFT, LISTED, L)
+        p = gl.where(visible, p, 0.0)
+        if HAS_SOFTCAP:
+            g = gl.where(visible, g, 0.0)
+        else:
+            g = p
+    if MASK == 2:
+        if masked:
+            visible = _visible(first_key, tile * BLOCK_M, right, left, bounds, HAS_LEFT, LISTED, L)
+            p = gl.where(visible, p, 0.0)
+            if HAS_SOFTCAP:
+                g = gl.where(visible, g, 0.0)
+        if not HAS_SOFTCAP:
+            g = p
+    dv = warpgroup_mma(gl.convert_layout(p.to(DTYPE), P_L), dout_smem.index(stage), dv, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=[dp_async])
+    ds = (g * dp).to(DTYPE)
     if WITH_DQ:
-        # In one piece: between two, Triton would have all threads meet.
-        ds = gl.join(ds1, ds2).permute((0, 2, 1)).reshape([BLOCK_N, BLOCK_M])
-        ds_smem[BUFFER].store(gl.convert_layout(ds, L, assert_trivial=True))
+        # Two buffers: the other warpgroup may still be at the last step's dq, but not at the one before.
+        ds_smem.index(buffer).store(ds)
         fence_async_shared()
         gl.thread_barrier()
         DQ_WARPS: gl.constexpr = [4, 2] if BLOCK_M == 64 else [8, 1]
         DQ_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], DQ_WARPS, [16, 64, 16])
         dq = gl.full([BLOCK_M, BLOCK_D], 0.0, gl.float32, DQ_L)
-        dq_async = warpgroup_mma(ds_smem[BUFFER].permute((1, 0)), k_smem, dq, use_acc=False, is_async=True)
-        dk = warpgroup_mma(gl.convert_layout(ds2, P_L), q.slice(ROWS, ROWS), dk, is_async=True)
+        ds_t = ds_smem.index(buffer).permute((1, 0))
+        dq_async = warpgroup_mma(ds_t, k_smem, dq, use_acc=False, is_async=True)
+        dk = warpgroup_mma(gl.convert_layout(ds, P_L), q_smem.index(stage), dk, is_async=True)
         dv, dq = warpgroup_mma_wait(1, deps=[dv, dq_async])
         _hand_over(dq, it, dq_smem, dq_free)
-        dk = warpgroup_mma_wait(0, deps=[dk])
     else:
-        dk = warpgroup_mma(gl.convert_layout(ds2, P_L), q.slice(ROWS, ROWS), dk, is_async=True)
-        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+        dk = warpgroup_mma(gl.convert_layout(ds, P_L), q_smem.index(stage), dk, is_async=True)
+        dv = warpgroup_mma_wait(1, deps=[dv])
+    mbarrier.wait(q_full.index(next_stage), next_phase, pred=it + 1 < total)
+    start = _next_start(start_smem, next_stage, zeros, HAS_SOFTCAP, L)
+    dk = warpgroup_mma_wait(0, deps=[dk])
     meet("arrive", STAGE_BARRIER + stage)
-    return dk, dv
+    scores = warpgroup_mma(k_smem, q_smem.index(next_stage).permute((1, 0)), start, is_async=True)
+    return scores, dk, dv
 
 
 @gluon.jit
 def _read(buffer):
     """The number that the producer has put there."""
     return gl.max(buffer.load(gl.BlockedLayout([1], [32], [8], [0])), 0)
-
-
-@gluon.jit
-def _described(
-    it, i, first_tile, n_before, n_full, q_full, entry_smem, STAGES: gl.constexpr, MASK: gl.constexpr,
-    LISTED: gl.constexpr,
-):  # fmt: skip
-    """Of step ``it``, which is number ``i`` of its head: its query tile, and whether it masks."""
-    masked = False
-    if LISTED:
-        mbarrier.wait(q_full.index(it % STAGES), (it // STAGES) & 1)  # the entry comes before q
-        entry = _read(entry_smem.index(it % STAGES))
-        masked = (entry & ENTRY_MASKED) != 0
-    elif MASK == MASK_ANY:
-        masked = (i < n_before) | (i >= n_before + n_full)
-    return first_tile + i, masked
-
-
-@gluon.jit
-def _after(i, n, GROUPED: gl.constexpr):
-    i += 1
-    if GROUPED:
-        i = gl.where(i >= n, 0, i)
-    return i
 
 
 @gluon.jit
@@ -576,10 +519,9 @@ def _consumer(
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
     ALIGNED: gl.constexpr,
-    PAIRS: gl.constexpr,
 ):
     """Two warpgroups: dk and dv of 64 keys each, and each step's dq together."""
-    _, k_smem, v_smem, _, _, _, _, _ = shared
+    q_smem, k_smem, v_smem, _, _, start_smem, _, _ = shared
     kv_full, q_full, dout_full, dq_free = bars
     dk_ptr, dv_ptr, dk_stride, dv_stride, scale = dkv
     first_key, seqlen_k, n_heads, first_tile = work
@@ -587,7 +529,8 @@ def _consumer(
     bounds_smem, entry_smem, covered = lists
     L: gl.constexpr = scores_layout(BLOCK_M)
     OUT_L: gl.constexpr = scores_layout(BLOCK_D)
-    keys = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, HALF_L))
+    zeros = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, L)
+    keys = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, L))
     key_start = gl.where(keys < seqlen_k, 0.0, float("-inf"))
     dk = gl.full([BLOCK_N, BLOCK_D], 0.0, gl.float32, OUT_L)
     dv = gl.full([BLOCK_N, BLOCK_D], 0.0, gl.float32, OUT_L)
@@ -620,47 +563,33 @@ def _consumer(
             tile = first_tile + it
             if GROUPED:
                 tile = first_tile + it % before
-            dk, dv = _step(
-                it, tile, True, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem, BLOCK_M,
-                BLOCK_D, STAGES, 1, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, 0,
+            scores, dk, dv = _step(
+                it, total, tile, True, scores, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
+                BLOCK_M, BLOCK_D, STAGES, 1, False, False, HAS_SOFTCAP, TAIL, WITH_DQ,
             )  # fmt: skip
-        begin = before * n_heads
-        if PAIRS:
-            n_pairs = (total - begin) // 2
-            for pair in range(n_pairs):
-                for half in gl.static_range(2):
-                    dk, dv = _step(
-                        begin + 2 * pair + half, 0, False, dk, dv, first_key, key_start, shared, step_bars, numbers,
-                        bounds_smem, BLOCK_M, BLOCK_D, STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, 1 - half,
-                    )  # fmt: skip
-            begin += 2 * n_pairs
-        for it in range(begin, total):
-            dk, dv = _step(
-                it, 0, False, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem, BLOCK_M, BLOCK_D,
-                STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, 1 if PAIRS else 0,
+        for it in range(before * n_heads, total):
+            scores, dk, dv = _step(
+                it, total, 0, False, scores, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
+                BLOCK_M, BLOCK_D, STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ,
             )  # fmt: skip
     else:
         i = n * 0
-        begin = n * 0
-        if PAIRS:
-            for pair in range(total // 2):
-                for half in gl.static_range(2):
-                    tile, masked = _described(
-                        2 * pair + half, i, first_tile, n_before, n_full, q_full, entry_smem, STAGES, MASK, LISTED
-                    )
-                    i = _after(i, n, GROUPED)
-                    dk, dv = _step(
-                        2 * pair + half, tile, masked, dk, dv, first_key, key_start, shared, step_bars, numbers,
-                        bounds_smem, BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ, half,
-                    )  # fmt: skip
-            begin = total // 2 * 2
-        for it in range(begin, total):  # over the tiles of all heads
-            tile, masked = _described(it, i, first_tile, n_before, n_full, q_full, entry_smem, STAGES, MASK, LISTED)
-            i = _after(i, n, GROUPED)
-            dk, dv = _step(
-                it, tile, masked, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem, BLOCK_M,
-                BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ, 0,
+        for it in range(total):  # over the tiles of all heads
+            masked = False
+            tile = first_tile + i
+            if LISTED:
+                entry = _read(entry_smem.index(it % STAGES))
+                masked = (entry & ENTRY_MASKED) != 0
+            elif MASK == MASK_ANY:
+                masked = (i < n_before) | (i >= n_before + n_full)
+            i += 1
+            if GROUPED:
+                i = gl.where(i >= n, 0, i)
+            scores, dk, dv = _step(
+                it, total, tile, masked, scores, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
+                BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
             )  # fmt: skip
+    warpgroup_mma_wait(0, deps=[scores])  # started for a step that does not follow
     _store_rows(dv_ptr, dv_stride, seqlen_k - first_key, dv, V_HEAD_DIM)
     _store_rows(dk_ptr, dk_stride, seqlen_k - first_key, dk * scale, HEAD_DIM)
 
@@ -747,7 +676,6 @@ def attention_backward(
     ROTATE: gl.constexpr,
     WITH_DQ: gl.constexpr,
     ALIGNED: gl.constexpr,
-    PAIRS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
     """dk and dv of 128 keys of one key head, summed over ``heads_per_split`` query heads, and their part of dq.
@@ -755,8 +683,8 @@ def attention_backward(
     Args:
         q_desc, k_desc, v_desc, dout_desc: (batch, seqlen, heads, head dim) descriptors; k's and v's blocks are 128
             keys, q's and dout's BLOCK_M rows.
-        start_desc, delta_desc: fp32 (batch * nheads * n_tiles_q * BLOCK_M,): -lse * log2(e), -inf where a
-            row weighs nothing, and -delta.
+        start_desc, delta_desc: fp32 (batch * nheads * n_tiles_q * BLOCK_M,): -lse / scale (softcap: -lse * log2(e)),
+            -inf where a row weighs nothing, and -delta.
         dk_ptr, dv_ptr: (splits, batch, keys, nheads_k, head dim), rows contiguous; keys lie as far apart as
             ``nheads_k`` rows, batch elements and splits ``dkv_stride_b`` and ``dkv_stride_split`` keys.
         dq_desc: fp32 (rows, 128) in blocks of 64 rows: the sums of dq, in tiles of BLOCK_M by BLOCK_D whose numbers
@@ -819,13 +747,11 @@ def attention_backward(
     for b in gl.static_range(STAGES):
         mbarrier.init(q_full.index(b), count=1)
         mbarrier.init(dout_full.index(b), count=1)
-    ds_smem = (q_smem,)
+    ds_smem = q_smem
     dq_smem = q_smem
     dq_free = kv_full
     if WITH_DQ:
-        ds_smem = (gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_M], SWIZZLED),)
-        if PAIRS:
-            ds_smem = (ds_smem[0], gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_M], SWIZZLED))
+        ds_smem = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], SWIZZLED)
         dq_smem = gl.allocate_shared_memory(gl.float32, [64, 128], dq_desc.layout)
         dq_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
         mbarrier.init(dq_free, count=1)
@@ -858,7 +784,7 @@ def attention_backward(
         gl.warp_specialize(
             [
                 (_consumer, (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                             STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, ALIGNED, PAIRS)),
+                             STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, ALIGNED)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
                              STAGES, ROTATE, LISTED, PHASES)),
                 (_storer, (dq_desc, dq_smem, dq_free, where, entries_ptr, BLOCK_M, BLOCK_D, ROTATE, LISTED, PHASES)),
@@ -870,7 +796,7 @@ def attention_backward(
         gl.warp_specialize(
             [
                 (_consumer, (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                             STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, ALIGNED, False)),
+                             STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, ALIGNED)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
                              STAGES, ROTATE, LISTED, PHASES)),
             ],

@@ -14,8 +14,6 @@ class Config(NamedTuple):
     Attributes:
         block_m: query rows of a step.
         stages: tiles of q and dout in flight.
-        pairs: two steps are computed in an iteration, with an allocation for ds each, so that the threads that compute
-            meet once a step instead of twice.
         rotate: programs start at different query tiles, so that their additions to dq do not collide (no mask).
         other_registers: a thread's in the warps that load and store; those that compute get the rest.
         keys: of a tile. Widths beyond 128 have a kernel of their own, ``backward_wide``, which reads this, and what
@@ -36,7 +34,6 @@ class Config(NamedTuple):
     dp_early: int = 1
     dv_late: bool = False
     narrow_first: bool = False
-    pairs: bool = False
 
 
 #: ``backward_wide`` by the width of q and k: 128 keys where those have 192 columns and v 128; 64 where all have 256.
@@ -61,7 +58,7 @@ def select(dim: int, with_dq: bool) -> Config:
     if dim > 128:
         return WIDE[dim]
     if dim == 64:
-        return Config(128, pairs=with_dq)
+        return Config(128)
     return Config(64, stages=2 if with_dq else 3)
 
 

@@ -343,7 +343,7 @@ def rows_launch(parts: Parts, buffers: Buffers, delta: Tensor, summarize: bool =
         parts.out, parts.dout, parts.lse, delta, buffers.start, buffers.minus_delta, buffers.dq_sums,
         buffers.row_bounds, buffers.summary, intervals, *strides,
         parts.lse.stride(1), *interval_strides, nheads, rows, keys, parts.n_tiles_q, n_lists, *parts.window,
-        -1.0 / parts.scale if parts.block_d > 128 and not parts.softcap else -LOG2E,
+        -LOG2E if parts.softcap else -1.0 / parts.scale,
     )  # fmt: skip
     options = {
         "V_HEAD_DIM": parts.v.shape[3],
@@ -481,7 +481,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     else:
         kind = "main"
         options |= {"BLOCK_D": dim, "WITH_DQ": mode == MODES["unordered"]}
-        options |= {"STAGES": config.stages, "MASK": mask, "ALIGNED": corners, "PAIRS": config.pairs}
+        options |= {"STAGES": config.stages, "MASK": mask, "ALIGNED": corners}
     key = (parts.q.device.index, parts.q.dtype, dk.dtype)
     return _launch(kind, parts.n_tiles_k * n_heads, arguments, options, key)
 

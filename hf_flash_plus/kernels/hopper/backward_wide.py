@@ -46,6 +46,7 @@ from .backward import (
     MASK_NONE,
     RUNTIME,
     _load_bounds,
+    _next_start,
     _phase,
     _query_tiles,
     _read,
@@ -320,16 +321,6 @@ def _hand_over_both(dq, more, parity, dq_smem, more_smem, dq_free):
 
 
 @gluon.jit
-def _next_start(start_smem, stage, zeros, HAS_SOFTCAP: gl.constexpr, L: gl.constexpr):
-    """What the product of scores starts at: -lse / scale of each row, or (with softcap) nothing."""
-    if HAS_SOFTCAP:
-        start = zeros
-    else:
-        _, start = gl.broadcast(zeros, start_smem.index(stage).load(gl.SliceLayout(0, L))[None, :])
-    return start
-
-
-@gluon.jit
 def _visible(
     first_key,
     first_row,
@@ -512,10 +503,10 @@ def _first_half(
     else:
         s = warpgroup_mma_wait(LATER, deps=[scores])
     if HAS_SOFTCAP:
-        row_start = start_smem.index(stage).load(gl.SliceLayout(0, L))[None, :]
+        row_start = start_smem.index(stage).load(gl.SliceLayout(0, L))
     else:
         row_start = key_start
-    p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL, True)
+    p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL)
     bounds = (bounds_smem, stage)
     if MASK == MASK_LEADING:
         visible = _visible(first_key, tile * BLOCK_M, right, left, bounds, HAS_LEFT, LISTED, KEYS, BLOCK_M)

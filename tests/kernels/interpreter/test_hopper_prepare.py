@@ -121,10 +121,8 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
                 if softcap:
                     t = torch.tanh(raw * parts.scale / softcap)
                     p, derivative = torch.exp2(t * softcap * backward_launch.LOG2E + start), 1 - t * t
-                elif parts.block_d > 128:  # where scores start at them
-                    p = torch.exp2((raw + start) * parts.scale * backward_launch.LOG2E)
                 else:
-                    p = torch.exp2(raw * parts.scale * backward_launch.LOG2E + start)
+                    p = torch.exp2((raw + start) * parts.scale * backward_launch.LOG2E)
                 p = torch.where(key < keys, p, 0.0)
                 assert masked or bool((visible | (key >= keys) | (p == 0)).all())
                 if masked:

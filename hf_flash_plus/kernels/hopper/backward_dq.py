@@ -90,7 +90,7 @@ class Problem(NamedTuple):
     bounds_ptr: gl.tensor
     summary_ptr: gl.tensor
     intervals_batch: gl.tensor
-    start_ptr: gl.tensor  # (batch * nheads, rows padded to tiles): -lse / scale, or with softcap -lse * log2(e)
+    start_ptr: gl.tensor  # (batch * nheads, rows padded to tiles): -lse / scale, or (base2) -lse * log2(e)
     minus_delta_ptr: gl.tensor  # of the same shape
     dq_ptr: gl.tensor
     dq_rows: gl.tensor  # rows between two batch elements of dq
@@ -304,6 +304,12 @@ def _store(acc, start, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.con
 
 
 @gluon.jit
+def _place(row):
+    """``backward_prepare.place``."""
+    return (row & ~15) | ((row & 6) << 1) | ((row & 8) >> 2) | (row & 1)
+
+
+@gluon.jit
 def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
     """Four warps: 64 rows of each tile."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_n, 16])
@@ -327,9 +333,12 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
         if C.mode == INTERVALS:
             row_start, row_end = row_bounds(tile, p, W, S_ROWS, C)
         first = (tile.batch * p.nheads + tile.head) * n_row_tiles(p, C) * (C.consumers * 64) + tile.first_row + W * 64
-        at = first + gl.arange(0, 64, S_ROWS)
+        local_row = gl.arange(0, 64, S_ROWS)
+        if C.quads:
+            local_row = _place(local_row)
+        at = first + local_row
         start, minus_delta = gl.load(p.start_ptr + at), gl.load(p.minus_delta_ptr + at)
-        if not C.softcap:
+        if not C.base2:
             start = start * p.factor
         acc = gl.full([64, C.v_dim], 0.0, gl.float32, DQ_LAYOUT)
         mbarrier.wait(sm.dout_full.index(W), t & 1)

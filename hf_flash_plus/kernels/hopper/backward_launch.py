@@ -343,7 +343,7 @@ def rows_launch(parts: Parts, buffers: Buffers, delta: Tensor, summarize: bool =
         parts.out, parts.dout, parts.lse, delta, buffers.start, buffers.minus_delta, buffers.dq_sums,
         buffers.row_bounds, buffers.summary, intervals, *strides,
         parts.lse.stride(1), *interval_strides, nheads, rows, keys, parts.n_tiles_q, n_lists, *parts.window,
-        -LOG2E if parts.softcap else -1.0 / parts.scale,
+        -LOG2E if backward_config.base2(parts.config, parts.softcap > 0.0) else -1.0 / parts.scale,
     )  # fmt: skip
     options = {
         "V_HEAD_DIM": parts.v.shape[3],
@@ -351,6 +351,7 @@ def rows_launch(parts: Parts, buffers: Buffers, delta: Tensor, summarize: bool =
         "HAS_RIGHT": parts.window[1] >= 0,
         "HAS_INTERVALS": intervals is not None,
         "ZERO_DQ": parts.mode == MODES["unordered"],
+        "QUADS": parts.config.quads,
         "BLOCK_M": parts.config.block_m,
         "BLOCK_D": parts.block_d,
         "BLOCK_DV": tiles.padded(parts.v.shape[3]),
@@ -482,6 +483,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         kind = "main"
         options |= {"BLOCK_D": dim, "WITH_DQ": mode == MODES["unordered"]}
         options |= {"STAGES": config.stages, "MASK": mask, "ALIGNED": corners}
+        options |= {"HALVES": config.halves, "QUADS": config.quads}
     key = (parts.q.device.index, parts.q.dtype, dk.dtype)
     return _launch(kind, parts.n_tiles_k * n_heads, arguments, options, key)
 
@@ -496,6 +498,7 @@ def dq_rows_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:
     options = {
         "HEAD_DIM": parts.q.shape[3],
         "HAS_INTERVALS": parts.intervals is not None,
+        "QUADS": parts.config.quads,
         "BLOCK_M": parts.config.block_m,
         "BLOCK_D": parts.block_d,
     }

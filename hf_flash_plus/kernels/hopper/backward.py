@@ -64,6 +64,7 @@ RUNTIME = [
     "n_tiles_q", "n_heads_total", "section", "right", "left",
 ]  # fmt: skip
 
+
 @gluon.jit
 def _schedule(pid, n_tiles, n_heads, section):
     """(tile, head) of a program, as ``primitives.schedule``: sections of heads, in each the tile varies slowest."""

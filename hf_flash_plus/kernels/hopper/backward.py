@@ -6,20 +6,21 @@ tensor memory accelerator. Two warpgroups, 64 keys each, compute transposed (key
     p  = exp(scale * k q^T - lse)       dp = v dout^T - delta        ds = p * dp
     dv = p dout                         dk = scale * ds q            dq = scale * ds^T k
 
-``-lse / scale`` and ``-delta`` are the start values of the first two products, so that they cost no addition. p and ds go
-from registers into the products for dv and dk, which stay in registers over all query tiles (and, with grouped heads,
-over the query heads of the group). dq needs ds of all keys, through shared memory. Its parts go through shared memory
-too, to a storer warp that has the tensor memory accelerator add them to sums in fp32. The sums of all key tiles' parts
-come in any order: the last bits of dq differ from run to run. Without dq (WITH_DQ false; ``backward_dq`` computes it)
-the rest is bitwise repeatable.
+``-lse / scale`` and ``-delta`` are the start values of the first two products, so that they cost no addition. p and ds
+go from registers into the products for dv and dk, which stay in registers over all query tiles (and, with grouped
+heads, over the query heads of the group). dq needs ds of all keys, through shared memory. Its parts go through shared
+memory too, to a storer warp that has the tensor memory accelerator add them to sums in fp32. The sums of all key tiles'
+parts come in any order: the last bits of dq differ from run to run. Without dq (WITH_DQ false; ``backward_dq`` computes
+it) the rest is bitwise repeatable.
 
 Both warpgroups are one partition of 8 warps, since only the kernel's first partition gets uniform registers from ptxas;
 in one of their own, the addresses of the products' operands would take so many of the others that it spills. They meet
 once a step, at ds. All else is said by barriers at which they only arrive (Gluon's own arrival would make them wait).
 
-A step (64 columns: ``backward_halves`` has another): dv is started as soon as p is there, so that ds is computed beside it; dq is started before dk, so that dq goes
+A step: dv is started as soon as p is there, so that ds is computed beside it; dq is started before dk, so that dq goes
 to shared memory beside dk; the next step's scores are started at the end. The order of waits is what keeps ptxas from
-serialising the products: change it only with its warnings C7510 to C7519 in view, which tests/kernels/aot checks.
+serialising the products: change it only with its warnings C7510 to C7519 in view, which tests/kernels/aot checks. This
+is the loop for 128 columns; ``backward_halves`` has that for 64.
 """
 
 from __future__ import annotations

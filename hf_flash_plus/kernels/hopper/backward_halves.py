@@ -99,7 +99,7 @@ def _half_weights(
     bounds = (bounds_smem, stage)
     if MASK == 1:
         p = gl.where(_visible(first_key, tile * BLOCK_M, right, left, bounds, HALF, HAS_LEFT, LISTED, L), p, 0.0)
-    if MASK == 2:
+    if MASK == 2:  # noqa: SIM102  (one condition is known at compile time, the other is not)
         if masked:
             p = gl.where(_visible(first_key, tile * BLOCK_M, right, left, bounds, HALF, HAS_LEFT, LISTED, L), p, 0.0)
     if HAS_SOFTCAP:
@@ -281,7 +281,8 @@ def _consumer_of_halves(
                 for half in gl.static_range(2):
                     dk, dv = _step(
                         begin + 2 * pair + half, 0, False, dk, dv, first_key, key_start, shared, step_bars, numbers,
-                        bounds_smem, BLOCK_M, BLOCK_D, STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, QUADS, 1 - half,
+                        bounds_smem, BLOCK_M, BLOCK_D, STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, QUADS,
+                        1 - half,
                     )  # fmt: skip
             begin += 2 * n_pairs
         for it in range(begin, total):
@@ -301,7 +302,8 @@ def _consumer_of_halves(
                     i = _after(i, n, GROUPED)
                     dk, dv = _step(
                         2 * pair + half, tile, masked, dk, dv, first_key, key_start, shared, step_bars, numbers,
-                        bounds_smem, BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ, QUADS, half,
+                        bounds_smem, BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
+                        QUADS, half,
                     )  # fmt: skip
             begin = total // 2 * 2
         for it in range(begin, total):  # over the tiles of all heads

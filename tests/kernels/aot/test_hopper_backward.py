@@ -86,6 +86,10 @@ VARIANTS = [
     ("unordered", "causal", 128, 8, 512, 0.0, BF16, 32),  # dk and dv in fp32, of several programs
     ("split", "causal", 128, 32, 4096, 0.0, BF16, 32),
     ("split", "full", 64, 32, 4096, 0.0, FP16, 32),
+    ("unordered", "full", 64, 32, 4096, 0.0, BF16, 32),
+    ("unordered", "causal", 64, 32, 4096, 0.0, BF16, 32),
+    ("unordered", "causal", 64, 8, 4000, 0.0, BF16, 32),
+    ("unordered", "intervals", 64, 32, 4096, 0.0, BF16, 32),
     ("split", "intervals", 128, 8, 4000, 20.0, BF16, 160),
     ("unordered", "window", 64, 32, 4096, 0.0, FP16, 96),
     ("unordered", "intervals", 128, 8, 4000, 0.0, BF16, 128),

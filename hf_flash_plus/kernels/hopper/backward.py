@@ -20,7 +20,7 @@ once a step, at ds. All else is said by barriers at which they only arrive (Gluo
 A step: dv is started as soon as p is there, so that ds is computed beside it; dq is started before dk, so that dq goes
 to shared memory beside dk; the next step's scores are started at the end. The order of waits is what keeps ptxas from
 serialising the products: change it only with its warnings C7510 to C7519 in view, which tests/kernels/aot checks. This
-is the loop for 128 columns; ``backward_halves`` has that for 64.
+is the loop for 128 columns, and for 64 where any steps may mask; else ``backward_halves`` has that for 64.
 """
 
 from __future__ import annotations
@@ -48,11 +48,8 @@ from .backward_common import (
     MASK_LEADING,
     STAGE_BARRIER,
     _hand_over,
-    _numbers_of_rows,
     _read,
     _store_rows,
-    _wait_for_keys,
-    _wait_for_values,
     meet,
     reduce_add,
     scores_layout,
@@ -228,6 +225,17 @@ def _producer(
 
 
 @gluon.jit
+def _zero_not_finite(part):
+    """Zero the NaN and inf in k or v: keys that no row sees may hold them."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    for piece in gl.static_range(4):
+        rows = part.slice(32 * piece, 32, dim=0)
+        x = rows.load(LAYOUT)
+        rows.store(gl.where(gl.abs(x.to(gl.float32)) < float("inf"), x, 0.0).to(part.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
 def _storer(
     dq_desc,
     dq_smem,
@@ -284,7 +292,7 @@ def _weights(s, key_start, row_start, numbers, HAS_SOFTCAP: gl.constexpr, TAIL: 
     scale2, cap_in, cap_out = numbers
     if HAS_SOFTCAP:
         t = 1.0 - 2.0 / (1.0 + gl.exp2(s * cap_in))
-        x = t * cap_out + row_start
+        x = t * cap_out + row_start[None, :]
         if TAIL:
             x = x + key_start[:, None]
         p = gl.exp2(x)
@@ -299,12 +307,12 @@ def _weights(s, key_start, row_start, numbers, HAS_SOFTCAP: gl.constexpr, TAIL: 
 
 
 @gluon.jit
-def _next_start(start_smem, stage, zeros, HAS_SOFTCAP: gl.constexpr, QUADS: gl.constexpr, L: gl.constexpr):
+def _next_start(start_smem, stage, zeros, HAS_SOFTCAP: gl.constexpr, L: gl.constexpr):
     """What the product of scores starts at: -lse / scale of each row, or (with softcap) nothing."""
     if HAS_SOFTCAP:
         start = zeros
     else:
-        _, start = gl.broadcast(zeros, _numbers_of_rows(start_smem.index(stage), QUADS, L))
+        _, start = gl.broadcast(zeros, start_smem.index(stage).load(gl.SliceLayout(0, L))[None, :])
     return start
 
 
@@ -332,7 +340,6 @@ def _step(
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
-    QUADS: gl.constexpr,
 ):
     """One query tile. ``scores`` was started at the end of the step before; this one starts those of the next.
 
@@ -346,17 +353,18 @@ def _step(
     L: gl.constexpr = scores_layout(BLOCK_M)
     OUT_L: gl.constexpr = scores_layout(BLOCK_D)
     P_L: gl.constexpr = gl.DotOperandLayout(0, OUT_L, 2)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, L)
     zeros = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, L)
     stage, phase, buffer = it % STAGES, (it // STAGES) & 1, it % 2
     bounds = (bounds_smem, stage)
     next_stage, next_phase = (it + 1) % STAGES, ((it + 1) // STAGES) & 1
 
     mbarrier.wait(dout_full.index(stage), phase)
-    _, delta = gl.broadcast(zeros, _numbers_of_rows(delta_smem.index(stage), QUADS, L))
+    _, delta = gl.broadcast(zeros, delta_smem.index(stage).load(COLUMNS)[None, :])
     s = warpgroup_mma_wait(0, deps=[scores])
     dp_async = warpgroup_mma(v_smem, dout_smem.index(stage).permute((1, 0)), delta, is_async=True)
     if HAS_SOFTCAP:
-        row_start = _numbers_of_rows(start_smem.index(stage), QUADS, L)
+        row_start = start_smem.index(stage).load(COLUMNS)
     else:
         row_start = key_start
     p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL)
@@ -395,7 +403,7 @@ def _step(
         dk = warpgroup_mma(gl.convert_layout(ds, P_L), q_smem.index(stage), dk, is_async=True)
         dv = warpgroup_mma_wait(1, deps=[dv])
     mbarrier.wait(q_full.index(next_stage), next_phase, pred=it + 1 < total)
-    start = _next_start(start_smem, next_stage, zeros, HAS_SOFTCAP, QUADS, L)
+    start = _next_start(start_smem, next_stage, zeros, HAS_SOFTCAP, L)
     dk = warpgroup_mma_wait(0, deps=[dk])
     meet("arrive", STAGE_BARRIER + stage)
     scores = warpgroup_mma(k_smem, q_smem.index(next_stage).permute((1, 0)), start, is_async=True)
@@ -424,7 +432,6 @@ def _consumer(
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
     ALIGNED: gl.constexpr,
-    QUADS: gl.constexpr,
 ):
     """Two warpgroups: dk and dv of 64 keys each, and each step's dq together."""
     q_smem, k_smem, v_smem, _, _, start_smem, _, _ = shared
@@ -443,11 +450,22 @@ def _consumer(
     total = n * n_heads
     step_bars = (q_full, dout_full, dq_free)
 
-    _wait_for_keys(k_smem, v_smem, kv_full, total, covered, LISTED)
+    if LISTED:  # without entries nothing is loaded, and what is computed here is not used
+        mbarrier.wait(kv_full.index(0), 0, pred=total > 0)
+        if (total > 0) & (covered == 0):
+            mbarrier.wait(kv_full.index(1), 0)
+            _zero_not_finite(k_smem)
+            _zero_not_finite(v_smem)
+            gl.thread_barrier()
+    else:
+        mbarrier.wait(kv_full.index(0), 0)
     mbarrier.wait(q_full.index(0), 0, pred=total > 0)
-    start = _next_start(start_smem, 0, zeros, HAS_SOFTCAP, QUADS, L)
+    start = _next_start(start_smem, 0, zeros, HAS_SOFTCAP, L)
     scores = warpgroup_mma(k_smem, q_smem.index(0).permute((1, 0)), start, is_async=True)
-    _wait_for_values(kv_full, total, LISTED)
+    if LISTED:
+        mbarrier.wait(kv_full.index(1), 0, pred=total > 0)
+    else:
+        mbarrier.wait(kv_full.index(1), 0)
 
     if MASK == MASK_LEADING:
         if ALIGNED:
@@ -460,12 +478,12 @@ def _consumer(
                 tile = first_tile + it % before
             scores, dk, dv = _step(
                 it, total, tile, True, scores, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-                BLOCK_M, BLOCK_D, STAGES, 1, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, QUADS,
+                BLOCK_M, BLOCK_D, STAGES, 1, False, False, HAS_SOFTCAP, TAIL, WITH_DQ,
             )  # fmt: skip
         for it in range(before * n_heads, total):
             scores, dk, dv = _step(
                 it, total, 0, False, scores, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-                BLOCK_M, BLOCK_D, STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, QUADS,
+                BLOCK_M, BLOCK_D, STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ,
             )  # fmt: skip
     else:
         i = n * 0
@@ -482,7 +500,7 @@ def _consumer(
                 i = gl.where(i >= n, 0, i)
             scores, dk, dv = _step(
                 it, total, tile, masked, scores, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem,
-                BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ, QUADS,
+                BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
             )  # fmt: skip
     warpgroup_mma_wait(0, deps=[scores])  # started for a step that does not follow
     _store_rows(dv_ptr, dv_stride, seqlen_k - first_key, dv, V_HEAD_DIM)
@@ -572,7 +590,6 @@ def attention_backward(
     WITH_DQ: gl.constexpr,
     ALIGNED: gl.constexpr,
     HALVES: gl.constexpr,
-    QUADS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
     """dk and dv of 128 keys of one key head, summed over ``heads_per_split`` query heads, and their part of dq.
@@ -581,7 +598,7 @@ def attention_backward(
         q_desc, k_desc, v_desc, dout_desc: (batch, seqlen, heads, head dim) descriptors; k's and v's blocks are 128
             keys, q's and dout's BLOCK_M rows.
         start_desc, delta_desc: fp32 (batch * nheads * n_tiles_q * BLOCK_M,): -lse / scale (softcap, HALVES:
-            -lse * log2(e)), -inf where a row weighs nothing, and -delta; QUADS: as ``backward_prepare.place`` says.
+            -lse * log2(e)), -inf where a row weighs nothing, and -delta.
         dk_ptr, dv_ptr: (splits, batch, keys, nheads_k, head dim), rows contiguous; keys lie as far apart as
             ``nheads_k`` rows, batch elements and splits ``dkv_stride_b`` and ``dkv_stride_split`` keys.
         dq_desc: fp32 (rows, 128) in blocks of 64 rows: the sums of dq, in tiles of BLOCK_M by BLOCK_D whose numbers
@@ -686,7 +703,7 @@ def attention_backward(
             [
                 (_consumer_of_halves if HALVES else _consumer,
                  (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D, STAGES, MASK,
-                  HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, ALIGNED, QUADS)),
+                  HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, ALIGNED)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
                              STAGES, ROTATE, LISTED, PHASES)),
                 (_storer, (dq_desc, dq_smem, dq_free, where, entries_ptr, BLOCK_M, BLOCK_D, ROTATE, LISTED, PHASES)),
@@ -699,7 +716,7 @@ def attention_backward(
             [
                 (_consumer_of_halves if HALVES else _consumer,
                  (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D, STAGES, MASK,
-                  HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, ALIGNED, QUADS)),
+                  HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, ALIGNED)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
                              STAGES, ROTATE, LISTED, PHASES)),
             ],

@@ -58,41 +58,6 @@ BLOCK_N = gl.constexpr(128)
 
 
 @gluon.jit
-def _zero_not_finite(part):
-    """Zero the NaN and inf in k or v: keys that no row sees may hold them."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
-    for piece in gl.static_range(4):
-        rows = part.slice(32 * piece, 32, dim=0)
-        x = rows.load(LAYOUT)
-        rows.store(gl.where(gl.abs(x.to(gl.float32)) < float("inf"), x, 0.0).to(part.dtype))
-    fence_async_shared()
-
-
-@gluon.jit
-def _wait_for_keys(k_smem, v_smem, kv_full, total, covered, LISTED: gl.constexpr):
-    """Wait for k, and under lists for v where they have to be cleaned. Without entries nothing is loaded, and what is
-    computed from it is not used."""
-    if LISTED:
-        mbarrier.wait(kv_full.index(0), 0, pred=total > 0)
-        if (total > 0) & (covered == 0):
-            mbarrier.wait(kv_full.index(1), 0)
-            _zero_not_finite(k_smem)
-            _zero_not_finite(v_smem)
-            gl.thread_barrier()
-    else:
-        mbarrier.wait(kv_full.index(0), 0)
-
-
-@gluon.jit
-def _wait_for_values(kv_full, total, LISTED: gl.constexpr):
-    """Wait for v (again, where it was cleaned)."""
-    if LISTED:
-        mbarrier.wait(kv_full.index(1), 0, pred=total > 0)
-    else:
-        mbarrier.wait(kv_full.index(1), 0)
-
-
-@gluon.jit
 def _hand_over(dq, step, dq_smem, dq_free):
     """Leave a step's dq in shared memory for the storer, once what lay there is gone.
 
@@ -123,29 +88,6 @@ def _hand_over(dq, step, dq_smem, dq_free):
 def scores_layout(columns):
     """How a tile of BLOCK_N keys by ``columns`` lies in registers: 64 keys in each of two warpgroups."""
     return gl.NVMMADistributedLayout([3, 0], [8, 1], [16, columns, 16])
-
-
-@gluon.constexpr_function
-def _quads_layout(rows):
-    """How ``rows`` numbers in the order of ``backward_prepare.place`` are read: four neighbours a thread."""
-    pieces = [[16 << bit] for bit in range((rows // 16).bit_length() - 1)]
-    nothing = [0]
-    return gl.DistributedLinearLayout([[1], [2], *pieces], [[4], [8]] + [nothing] * 3, [nothing] * 3, [], [rows])
-
-
-@gluon.jit
-def _numbers_of_rows(buffer, QUADS: gl.constexpr, L: gl.constexpr):
-    """(1, rows): a number of each query row for all keys; ``L``: how the scores lie in registers.
-
-    QUADS: they lie as ``backward_prepare.place`` says, and are read 16 bytes at a time.
-    """
-    if QUADS:
-        ROWS: gl.constexpr = buffer.shape[0]
-        x = buffer.load(_quads_layout(ROWS)).reshape([ROWS // 16, 4, 2, 2]).permute((0, 2, 1, 3)).reshape([ROWS])
-        x = gl.convert_layout(x, gl.SliceLayout(0, L), assert_trivial=True)
-    else:
-        x = buffer.load(gl.SliceLayout(0, L))
-    return x[None, :]
 
 
 @gluon.jit

@@ -304,12 +304,6 @@ def _store(acc, start, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.con
 
 
 @gluon.jit
-def _place(row):
-    """``backward_prepare.place``."""
-    return (row & ~15) | ((row & 6) << 1) | ((row & 8) >> 2) | (row & 1)
-
-
-@gluon.jit
 def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
     """Four warps: 64 rows of each tile."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_n, 16])
@@ -333,10 +327,7 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
         if C.mode == INTERVALS:
             row_start, row_end = row_bounds(tile, p, W, S_ROWS, C)
         first = (tile.batch * p.nheads + tile.head) * n_row_tiles(p, C) * (C.consumers * 64) + tile.first_row + W * 64
-        local_row = gl.arange(0, 64, S_ROWS)
-        if C.quads:
-            local_row = _place(local_row)
-        at = first + local_row
+        at = first + gl.arange(0, 64, S_ROWS)
         start, minus_delta = gl.load(p.start_ptr + at), gl.load(p.minus_delta_ptr + at)
         if not C.base2:
             start = start * p.factor

@@ -10,8 +10,13 @@ lets dp wait for the scores.
 Triton sees that ds of the step before may still be read where ds is stored, and makes all threads meet once more,
 unless it is in another allocation: with dq, two steps are computed in an iteration, each with an allocation of its own.
 
-Of one H200 (bf16, B4 H32 S4096), whole backward: 447 -> 500 TFLOP/s, causal 425 -> 459; 16384 rows: 463 -> 544, causal
-477 -> 534. At 128 columns, 128 keys by 64 rows a step, the loop of ``backward`` is 10 to 14 % faster than this one.
+This kernel beside that with the loop of ``backward``, on one H200 (2026-11-28, bf16, 32 heads), TFLOP/s: 4096 rows 470
+-> 534, causal 454 -> 497; 16384 rows 490 -> 541, causal 501 -> 546; 2048 rows 449 -> 498, causal 414 -> 439; 512 rows
+362 -> 372, causal 220 -> 228. Split, as whole calls, and with numbers of rows read 16 bytes at a time: causal 4096 rows
+348 -> 361, 2048 308 -> 318, 512 166 -> 174. Under row intervals, read so, it gained nothing (0.99 of the other), so it
+knows none: only the first steps of a program may mask. Not faster: numbers of rows read 16 bytes at a time, or earlier,
+or shuffled from other threads, and dq of a step in the next one. At 128 columns, 128 keys by 64 rows a step, it was 11
+to 14 % slower than the loop of ``backward``.
 """
 
 from __future__ import annotations
@@ -27,16 +32,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_common import (
     BLOCK_N,
-    ENTRY_MASKED,
     MASK_ANY,
     MASK_LEADING,
     STAGE_BARRIER,
     _hand_over,
-    _numbers_of_rows,
-    _read,
     _store_rows,
-    _wait_for_keys,
-    _wait_for_values,
     meet,
     scores_layout,
 )
@@ -51,43 +51,24 @@ def _halves(x, L: gl.constexpr):
 
 
 @gluon.jit
-def _half(buffer, HALF: gl.constexpr, QUADS: gl.constexpr, L: gl.constexpr):
+def _half(buffer, HALF: gl.constexpr, L: gl.constexpr):
     """(1, rows): a number of each query row of a half; ``L``: the layout of half the scores."""
     ROWS: gl.constexpr = L.instr_shape[1]
-    return _numbers_of_rows(buffer.slice(HALF * ROWS, ROWS), QUADS, L)
-
-
-@gluon.jit
-def _visible(
-    first_key, first_row, right, left, bounds, HALF: gl.constexpr, HAS_LEFT: gl.constexpr, LISTED: gl.constexpr,
-    L: gl.constexpr,
-):  # fmt: skip
-    """Which keys (rows of the tile) each query row of a half (its columns) sees; ``L``: half the scores' layout."""
-    bounds_smem, stage = bounds
-    keys = (first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, L)))[:, None]
-    rows = HALF * L.instr_shape[1] + gl.arange(0, L.instr_shape[1], gl.SliceLayout(0, L))
-    if LISTED:
-        visible = keys >= _half(bounds_smem.index(2 * stage), HALF, False, L)
-        visible = visible & (keys < _half(bounds_smem.index(2 * stage + 1), HALF, False, L))
-    else:
-        visible = keys <= (first_row + right + rows)[None, :]
-        if HAS_LEFT:
-            visible = visible & (keys >= (first_row + left + rows)[None, :])
-    return visible
+    return buffer.slice(HALF * ROWS, ROWS).load(gl.SliceLayout(0, L))[None, :]
 
 
 @gluon.jit
 def _half_weights(
-    s, tile, masked, first_key, key_start, start_smem, bounds_smem, stage, numbers, HALF: gl.constexpr,
-    BLOCK_M: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, LISTED: gl.constexpr,
-    HAS_SOFTCAP: gl.constexpr, TAIL: gl.constexpr, QUADS: gl.constexpr, L: gl.constexpr,
+    s, tile, first_key, key_start, start_smem, stage, numbers, HALF: gl.constexpr, BLOCK_M: gl.constexpr,
+    MASKED: gl.constexpr, HAS_SOFTCAP: gl.constexpr, TAIL: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """``(p, p with the derivative of softcap)`` of half a tile's scores, 0 where a row does not see a key.
 
-    ``key_start`` is -inf beyond the last key, else 0.
+    ``start_smem``: -lse of rows in base 2; ``key_start`` is -inf beyond the last key, else 0; ``L``: the layout
+    of half the scores. MASKED: row i sees keys up to ``i + right``.
     """
-    right, left, scale2, cap_in, cap_out = numbers
-    row_start = _half(start_smem.index(stage), HALF, QUADS, L)
+    right, _, scale2, cap_in, cap_out = numbers
+    row_start = _half(start_smem.index(stage), HALF, L)
     if HAS_SOFTCAP:
         t = 1.0 - 2.0 / (1.0 + gl.exp2(s * cap_in))
         x = t * cap_out + row_start
@@ -96,12 +77,10 @@ def _half_weights(
     if TAIL:
         x = x + key_start[:, None]
     p = gl.exp2(x)
-    bounds = (bounds_smem, stage)
-    if MASK == 1:
-        p = gl.where(_visible(first_key, tile * BLOCK_M, right, left, bounds, HALF, HAS_LEFT, LISTED, L), p, 0.0)
-    if MASK == 2:  # noqa: SIM102  (one condition is known at compile time, the other is not)
-        if masked:
-            p = gl.where(_visible(first_key, tile * BLOCK_M, right, left, bounds, HALF, HAS_LEFT, LISTED, L), p, 0.0)
+    if MASKED:
+        keys = (first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, L)))[:, None]
+        rows = HALF * L.instr_shape[1] + gl.arange(0, L.instr_shape[1], gl.SliceLayout(0, L))
+        p = gl.where(keys <= (tile * BLOCK_M + right + rows)[None, :], p, 0.0)
     if HAS_SOFTCAP:
         g = p * (1.0 - t * t)
     else:
@@ -113,7 +92,6 @@ def _half_weights(
 def _step(
     it,
     tile,
-    masked,
     dk,
     dv,
     first_key,
@@ -121,23 +99,19 @@ def _step(
     shared,
     bars,
     numbers,
-    bounds_smem,
     BLOCK_M: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
-    MASK: gl.constexpr,
-    HAS_LEFT: gl.constexpr,
-    LISTED: gl.constexpr,
+    MASKED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
-    QUADS: gl.constexpr,
     BUFFER: gl.constexpr,
 ):
     """One query tile.
 
     Args:
-        MASK: 0: nothing to mask; 1: mask; 2: mask where ``masked`` says so.
+        MASKED: row i sees keys up to ``i + right``; else all.
         BUFFER: which allocation ds goes to.
     """
     q_smem, k_smem, v_smem, dout_smem, ds_smem, start_smem, delta_smem, dq_smem = shared
@@ -160,19 +134,17 @@ def _step(
     dp_async = warpgroup_mma(v_smem, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s1, s2 = _halves(warpgroup_mma_wait(1, deps=[s_async]), HALF_L)
     p1, g1 = _half_weights(
-        s1, tile, masked, first_key, key_start, start_smem, bounds_smem, stage, numbers, 0, BLOCK_M, MASK, HAS_LEFT,
-        LISTED, HAS_SOFTCAP, TAIL, QUADS, HALF_L,
-    )  # fmt: skip
+        s1, tile, first_key, key_start, start_smem, stage, numbers, 0, BLOCK_M, MASKED, HAS_SOFTCAP, TAIL, HALF_L
+    )
     dv = warpgroup_mma(gl.convert_layout(p1.to(DTYPE), P_L), dout.slice(0, ROWS), dv, is_async=True)
     dp1, dp2 = _halves(warpgroup_mma_wait(1, deps=[dp_async]), HALF_L)
-    ds1 = (g1 * (dp1 + _half(deltas, 0, QUADS, HALF_L))).to(DTYPE)
+    ds1 = (g1 * (dp1 + _half(deltas, 0, HALF_L))).to(DTYPE)
     dk = warpgroup_mma(gl.convert_layout(ds1, P_L), q.slice(0, ROWS), dk, is_async=True)
     p2, g2 = _half_weights(
-        s2, tile, masked, first_key, key_start, start_smem, bounds_smem, stage, numbers, 1, BLOCK_M, MASK, HAS_LEFT,
-        LISTED, HAS_SOFTCAP, TAIL, QUADS, HALF_L,
-    )  # fmt: skip
+        s2, tile, first_key, key_start, start_smem, stage, numbers, 1, BLOCK_M, MASKED, HAS_SOFTCAP, TAIL, HALF_L
+    )
     dv = warpgroup_mma(gl.convert_layout(p2.to(DTYPE), P_L), dout.slice(ROWS, ROWS), dv, is_async=True)
-    ds2 = (g2 * (dp2 + _half(deltas, 1, QUADS, HALF_L))).to(DTYPE)
+    ds2 = (g2 * (dp2 + _half(deltas, 1, HALF_L))).to(DTYPE)
     if WITH_DQ:
         # In one piece: between two, Triton would have all threads meet.
         ds = gl.join(ds1, ds2).permute((0, 2, 1)).reshape([BLOCK_N, BLOCK_M])
@@ -192,30 +164,6 @@ def _step(
         dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
     meet("arrive", STAGE_BARRIER + stage)
     return dk, dv
-
-
-@gluon.jit
-def _described(
-    it, i, first_tile, n_before, n_full, q_full, entry_smem, STAGES: gl.constexpr, MASK: gl.constexpr,
-    LISTED: gl.constexpr,
-):  # fmt: skip
-    """Of step ``it``, which is number ``i`` of its head: its query tile, and whether it masks."""
-    masked = False
-    if LISTED:
-        mbarrier.wait(q_full.index(it % STAGES), (it // STAGES) & 1)  # the entry comes before q
-        entry = _read(entry_smem.index(it % STAGES))
-        masked = (entry & ENTRY_MASKED) != 0
-    elif MASK == MASK_ANY:
-        masked = (i < n_before) | (i >= n_before + n_full)
-    return first_tile + i, masked
-
-
-@gluon.jit
-def _after(i, n, GROUPED: gl.constexpr):
-    i += 1
-    if GROUPED:
-        i = gl.where(i >= n, 0, i)
-    return i
 
 
 @gluon.jit
@@ -240,15 +188,13 @@ def _consumer_of_halves(
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
     ALIGNED: gl.constexpr,
-    QUADS: gl.constexpr,
 ):
-    """Two warpgroups: dk and dv of 64 keys each, and each step's dq together."""
-    _, k_smem, v_smem, _, _, _, _, _ = shared
+    """Two warpgroups: dk and dv of 64 keys each, and each step's dq together. Called like ``backward._consumer``."""
+    gl.static_assert(MASK != MASK_ANY and not LISTED, "masks only the first steps")
     kv_full, q_full, dout_full, dq_free = bars
     dk_ptr, dv_ptr, dk_stride, dv_stride, scale = dkv
     first_key, seqlen_k, n_heads, first_tile = work
-    n, n_before, n_full = steps
-    bounds_smem, entry_smem, covered = lists
+    n, n_before, _ = steps
     HALF_L: gl.constexpr = scores_layout(BLOCK_M // 2)
     OUT_L: gl.constexpr = scores_layout(BLOCK_D)
     keys = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, HALF_L))
@@ -258,9 +204,10 @@ def _consumer_of_halves(
     total = n * n_heads
     step_bars = (q_full, dout_full, dq_free)
 
-    _wait_for_keys(k_smem, v_smem, kv_full, total, covered, LISTED)
-    _wait_for_values(kv_full, total, LISTED)
+    mbarrier.wait(kv_full.index(0), 0)
+    mbarrier.wait(kv_full.index(1), 0)
 
+    begin = n * 0
     if MASK == MASK_LEADING:
         if ALIGNED:
             before: gl.constexpr = BLOCK_N // BLOCK_M
@@ -271,47 +218,24 @@ def _consumer_of_halves(
             if GROUPED:
                 tile = first_tile + it % before
             dk, dv = _step(
-                it, tile, True, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem, BLOCK_M,
-                BLOCK_D, STAGES, 1, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, QUADS, 0,
+                it, tile, dk, dv, first_key, key_start, shared, step_bars, numbers, BLOCK_M, BLOCK_D, STAGES, True,
+                HAS_SOFTCAP, TAIL, WITH_DQ, 0,
             )  # fmt: skip
         begin = before * n_heads
-        if WITH_DQ:
-            n_pairs = (total - begin) // 2
-            for pair in range(n_pairs):
-                for half in gl.static_range(2):
-                    dk, dv = _step(
-                        begin + 2 * pair + half, 0, False, dk, dv, first_key, key_start, shared, step_bars, numbers,
-                        bounds_smem, BLOCK_M, BLOCK_D, STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, QUADS,
-                        1 - half,
-                    )  # fmt: skip
-            begin += 2 * n_pairs
-        for it in range(begin, total):
-            dk, dv = _step(
-                it, 0, False, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem, BLOCK_M, BLOCK_D,
-                STAGES, 0, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, QUADS, 1 if WITH_DQ else 0,
-            )  # fmt: skip
-    else:
-        i = n * 0
-        begin = n * 0
-        if WITH_DQ:
-            for pair in range(total // 2):
-                for half in gl.static_range(2):
-                    tile, masked = _described(
-                        2 * pair + half, i, first_tile, n_before, n_full, q_full, entry_smem, STAGES, MASK, LISTED
-                    )
-                    i = _after(i, n, GROUPED)
-                    dk, dv = _step(
-                        2 * pair + half, tile, masked, dk, dv, first_key, key_start, shared, step_bars, numbers,
-                        bounds_smem, BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
-                        QUADS, half,
-                    )  # fmt: skip
-            begin = total // 2 * 2
-        for it in range(begin, total):  # over the tiles of all heads
-            tile, masked = _described(it, i, first_tile, n_before, n_full, q_full, entry_smem, STAGES, MASK, LISTED)
-            i = _after(i, n, GROUPED)
-            dk, dv = _step(
-                it, tile, masked, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem, BLOCK_M,
-                BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ, QUADS, 0,
-            )  # fmt: skip
+    NEXT: gl.constexpr = 1 if MASK == MASK_LEADING else 0  # the other allocation than the one before's
+    if WITH_DQ:
+        n_pairs = (total - begin) // 2
+        for pair in range(n_pairs):
+            for half in gl.static_range(2):
+                dk, dv = _step(
+                    begin + 2 * pair + half, 0, dk, dv, first_key, key_start, shared, step_bars, numbers, BLOCK_M,
+                    BLOCK_D, STAGES, False, HAS_SOFTCAP, TAIL, WITH_DQ, (NEXT + half) % 2,
+                )  # fmt: skip
+        begin += 2 * n_pairs
+    for it in range(begin, total):
+        dk, dv = _step(
+            it, 0, dk, dv, first_key, key_start, shared, step_bars, numbers, BLOCK_M, BLOCK_D, STAGES, False,
+            HAS_SOFTCAP, TAIL, WITH_DQ, NEXT,
+        )  # fmt: skip
     _store_rows(dv_ptr, dv_stride, seqlen_k - first_key, dv, V_HEAD_DIM)
     _store_rows(dk_ptr, dk_stride, seqlen_k - first_key, dk * scale, HEAD_DIM)

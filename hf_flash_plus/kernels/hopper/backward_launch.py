@@ -244,7 +244,8 @@ def take_apart(
         return None
     dim, v_dim = backward_config.widths(q.shape[3], v_head_dim)
     if config is None:
-        config = backward_config.select(dim, MODES[mode] > 0)
+        masking = backward_config.mask_of(mask.row_intervals is not None, bounds.has_left, bounds.has_right)
+        config = backward_config.select(dim, MODES[mode] > 0, masking)
     n_tiles_k, splits, group = _cdiv(keys, config.keys), 1, nheads // nheads_k
     # Query heads of a group are dealt to several programs where there would be too few to fill the device.
     n_cores = tiles.device_info(q.device).n_cores
@@ -351,7 +352,6 @@ def rows_launch(parts: Parts, buffers: Buffers, delta: Tensor, summarize: bool =
         "HAS_RIGHT": parts.window[1] >= 0,
         "HAS_INTERVALS": intervals is not None,
         "ZERO_DQ": parts.mode == MODES["unordered"],
-        "QUADS": parts.config.quads,
         "BLOCK_M": parts.config.block_m,
         "BLOCK_D": parts.block_d,
         "BLOCK_DV": tiles.padded(parts.v.shape[3]),
@@ -427,15 +427,12 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     takes part on."""
     batch, nheads, nheads_k, _, keys = parts.sizes
     config, bounds, mode = parts.config, parts.bounds, parts.mode
-    listed, masked = parts.intervals is not None, bounds.has_left or bounds.has_right
+    listed = parts.intervals is not None
     group = nheads // nheads_k
     heads_per_split = group // parts.splits
     grouped = heads_per_split > 1
     n_heads = parts.splits * batch * nheads_k
-    if listed or bounds.has_left:
-        mask = 2
-    else:
-        mask = int(masked)
+    mask = backward_config.mask_of(listed, bounds.has_left, bounds.has_right)
     list_stride = 0 if parts.intervals is None or parts.intervals.shape[0] == 1 else parts.n_tiles_k
     softcap = parts.softcap
     block_m, keys_n = config.block_m, config.keys
@@ -482,8 +479,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     else:
         kind = "main"
         options |= {"BLOCK_D": dim, "WITH_DQ": mode == MODES["unordered"]}
-        options |= {"STAGES": config.stages, "MASK": mask, "ALIGNED": corners}
-        options |= {"HALVES": config.halves, "QUADS": config.quads}
+        options |= {"STAGES": config.stages, "MASK": mask, "ALIGNED": corners, "HALVES": config.halves}
     key = (parts.q.device.index, parts.q.dtype, dk.dtype)
     return _launch(kind, parts.n_tiles_k * n_heads, arguments, options, key)
 
@@ -498,7 +494,6 @@ def dq_rows_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:
     options = {
         "HEAD_DIM": parts.q.shape[3],
         "HAS_INTERVALS": parts.intervals is not None,
-        "QUADS": parts.config.quads,
         "BLOCK_M": parts.config.block_m,
         "BLOCK_D": parts.block_d,
     }

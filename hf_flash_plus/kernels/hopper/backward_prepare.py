@@ -24,15 +24,6 @@ RUNTIME_ROWS = (
 
 
 @triton.jit
-def place(row):
-    """Where a row's number lies, so that threads that hold columns of scores read 16 bytes at a time.
-
-    Of 16 rows a thread has four: two neighbours, and those 8 rows further on. Here all four are neighbours.
-    """
-    return (row & ~15) | ((row & 6) << 1) | ((row & 8) >> 2) | (row & 1)
-
-
-@triton.jit
 def _numbers(
     out_base,
     dout_base,
@@ -50,7 +41,6 @@ def _numbers(
     factor,
     V_HEAD_DIM: tl.constexpr,
     ZERO_DQ: tl.constexpr,
-    QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -64,7 +54,7 @@ def _numbers(
     dout = load_tile(dout_base, local_rows[:, None] * dout_stride_s + dims[None, :], row_ok, V_HEAD_DIM, True)
     delta = tl.where(seen, tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1), 0.0)
     tl.store(delta_ptr + rows_at, delta, mask=row_ok)
-    at = tile_at * BLOCK_M + (place(local_rows) if QUADS else local_rows)
+    at = tile_at * BLOCK_M + local_rows
     tl.store(minus_delta_ptr + at, -delta)
     tl.store(start_ptr + at, tl.where(seen, lse * factor, float("-inf")))
     if ZERO_DQ:
@@ -110,7 +100,6 @@ def row_numbers(
     HAS_RIGHT: tl.constexpr,
     HAS_INTERVALS: tl.constexpr,
     ZERO_DQ: tl.constexpr,
-    QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -121,7 +110,7 @@ def row_numbers(
     Args:
         lse_ptr, delta_ptr: fp32, the first row that takes part; heads lie ``lse_stride`` rows apart.
         start_ptr, minus_delta_ptr: fp32 (batch * nheads, padded): ``lse * factor`` (-inf where a row weighs nothing)
-            and ``-delta``; with QUADS, where :func:`place` says.
+            and ``-delta``.
         dq_ptr: with ZERO_DQ, fp32 (batch * nheads * padded * BLOCK_D,) to be zeroed.
         bounds_ptr: with HAS_INTERVALS, int32 (n_lists, 2, padded): the first and one past the last key of each row.
         summary_ptr: with HAS_INTERVALS, int32 (n_lists, 5, n_tiles_q): first and one past the last key that some row
@@ -152,7 +141,7 @@ def row_numbers(
         if tl.max(sees.to(tl.int32), axis=0) > 0:
             _numbers(
                 out_base, dout_base, lse_ptr, delta_ptr, start_ptr, minus_delta_ptr, dq_ptr, tile_at, rows_at, row_ok,
-                sees, out_stride_s, dout_stride_s, factor, V_HEAD_DIM, ZERO_DQ, QUADS, BLOCK_M, BLOCK_D, BLOCK_DV,
+                sees, out_stride_s, dout_stride_s, factor, V_HEAD_DIM, ZERO_DQ, BLOCK_M, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         else:  # in no list, so that nothing is added to its sums, which dq_rows does not read either
             zeros = tl.zeros([BLOCK_M], tl.float32)
@@ -163,7 +152,7 @@ def row_numbers(
     else:
         _numbers(
             out_base, dout_base, lse_ptr, delta_ptr, start_ptr, minus_delta_ptr, dq_ptr, tile_at, rows_at, row_ok,
-            sees, out_stride_s, dout_stride_s, factor, V_HEAD_DIM, ZERO_DQ, QUADS, BLOCK_M, BLOCK_D, BLOCK_DV,
+            sees, out_stride_s, dout_stride_s, factor, V_HEAD_DIM, ZERO_DQ, BLOCK_M, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     if HAS_INTERVALS:  # noqa: SIM102  (one condition is known at compile time, the other is not)
         if (head == 0) & (batch < n_lists):
@@ -249,7 +238,6 @@ def dq_rows(
     scale,
     HEAD_DIM: tl.constexpr,
     HAS_INTERVALS: tl.constexpr,
-    QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -280,7 +268,7 @@ def dq_rows(
         at_column = at_column % 2 * 2 + at_column // 2
     columns = at_column * 64 + tl.arange(0, 64)
     if HAS_INTERVALS:
-        start = tl.load(start_ptr + tile_at * BLOCK_M + (place(local_row) if QUADS else local_row))
+        start = tl.load(start_ptr + tile_at * BLOCK_M + local_row)
         x = tl.where((start == float("-inf"))[:, None], 0.0, x)
     row = tile * BLOCK_M + local_row
     inside = (row < seqlen_q)[:, None]

@@ -380,7 +380,7 @@ def _start_scores(
     L: gl.constexpr = zeros.type.layout
     stage = it % Q_STAGES
     mbarrier.wait(q_full.index(stage), (it // Q_STAGES) & 1)
-    start = _next_start(start_smem, stage, zeros, HAS_SOFTCAP, False, L)
+    start = _next_start(start_smem, stage, zeros, HAS_SOFTCAP, L)
     scores = warpgroup_mma(_here(k_smem, stage), q_smem.index(stage).permute((1, 0)), start, is_async=True)
     if MORE > 0:
         scores = warpgroup_mma(_here(k2_smem, stage), q2_smem.index(stage).permute((1, 0)), scores, is_async=True)
@@ -505,7 +505,7 @@ def _first_half(
     else:
         s = warpgroup_mma_wait(LATER, deps=[scores])
     if HAS_SOFTCAP:
-        row_start = start_smem.index(stage).load(gl.SliceLayout(0, L))[None, :]
+        row_start = start_smem.index(stage).load(gl.SliceLayout(0, L))
     else:
         row_start = key_start
     p, g = _weights(s, key_start, row_start, (scale2, cap_in, cap_out), HAS_SOFTCAP, TAIL)

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from hf_flash_plus.kernels.hopper import backward, backward_config, backward_launch, backward_prepare
+from hf_flash_plus.kernels.hopper import backward, backward_config, backward_launch
 from tests.kernels.cases import NAN, Case, assert_within, build, oracle
 
 BASE = Case((), 2, 200, 300, 2, 1, 64, 64, torch.float16)
@@ -62,23 +62,6 @@ def _handed_over(dq: torch.Tensor) -> torch.Tensor:
     else:  # halves of what each of two warpgroups has
         pieces = list(dq.reshape(64, 2, 2, 64).unbind(2))
     return torch.cat([x.reshape(4, 2, 8, 2, -1, 4, 2).permute(3, 4, 0, 2, 5, 1, 6).reshape(-1) for x in pieces])
-
-
-def _places(config: backward_config.Config) -> torch.Tensor:
-    """Where the numbers of a tile's rows lie."""
-    rows = torch.arange(config.block_m)
-    return backward_prepare.place.fn(rows) if config.quads else rows
-
-
-@pytest.mark.parametrize("rows", [16, 64, 128])
-def test_places(rows: int) -> None:
-    """What a thread of the products' layout has of 16 rows, two neighbours in each half, lies in one piece."""
-    config = backward_config.Config(rows, quads=True)
-    number = torch.empty(rows, dtype=torch.long)
-    number[_places(config)] = torch.arange(rows)
-    t = torch.arange(4)[:, None] * 2
-    expected = torch.cat([16 * i + torch.cat([t, t + 1, t + 8, t + 9], 1) for i in range(rows // 16)])
-    assert torch.equal(number.view(-1, 4), expected)
 
 
 def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: torch.Tensor, dv: torch.Tensor) -> None:
@@ -132,8 +115,7 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
                 elif bounds.has_left or bounds.has_right:
                     visible = (key <= row + bounds.right) & (key >= row + bounds.left)
                 at = (b * nheads + head) * parts.n_tiles_q + tile
-                places = _places(parts.config)
-                start, minus_delta = (x.view(-1, block_m)[at][places] for x in (buffers.start, buffers.minus_delta))
+                start = buffers.start.view(-1, block_m)[at]
                 raw = k @ q.mT
                 derivative = 1.0
                 if softcap:
@@ -147,7 +129,7 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
                 assert masked or bool((visible | (key >= keys) | (p == 0)).all())
                 if masked:
                     p = torch.where(visible, p, 0.0)
-                ds = p * derivative * (v @ dout.mT + minus_delta)
+                ds = p * derivative * (v @ dout.mT + buffers.minus_delta.view(-1, block_m)[at])
                 dk_sum += ds @ q
                 dv_sum += p @ dout
                 sums[at] += _handed_over(ds.mT @ k)
@@ -191,7 +173,7 @@ def test_what_is_not_seen(feature: str, dim: int) -> None:
     assert sums[~busy].isnan().all() and (sums[busy] == 0).all()
     expected = torch.where(seen.any(-1), float(dim), 0.0)[:, None].expand_as(delta)
     torch.testing.assert_close(delta, expected, rtol=0, atol=0)
-    start = buffers.start.view(case.batch, case.nheads, n_q, block_m)[..., _places(parts.config)]
+    start = buffers.start.view(case.batch, case.nheads, n_q, block_m)
     assert torch.equal(start == float("-inf"), ~sees.expand(case.batch, -1, -1)[:, None].expand_as(start))
     for which in range(rows.shape[0]):
         for tile_n in range(parts.n_tiles_k):

@@ -6,12 +6,12 @@ tensor memory accelerator. Two warpgroups, 64 keys each, compute transposed (key
     p  = exp(scale * k q^T - lse)       dp = v dout^T - delta        ds = p * dp
     dv = p dout                         dk = scale * ds q            dq = scale * ds^T k
 
-``-lse / scale`` and ``-delta`` are the start values of the first two products, so that they cost nothing. p and ds go
-from registers into the products for dv and dk, which stay in registers over all query tiles (and, with grouped heads,
-over the query heads of the group). dq needs ds of all keys, through shared memory. Its parts go through shared memory
-too, to a storer warp that has the tensor memory accelerator add them to sums in fp32. The sums of all key tiles' parts
-come in any order: the last bits of dq differ from run to run. Without dq (WITH_DQ false; ``backward_dq`` computes it)
-the rest is bitwise repeatable.
+``-lse / scale`` and ``-delta`` are the start values of the first two products, so that they cost no addition. p and ds
+go from registers into the products for dv and dk, which stay in registers over all query tiles (and, with grouped
+heads, over the query heads of the group). dq needs ds of all keys, through shared memory. Its parts go through shared
+memory too, to a storer warp that has the tensor memory accelerator add them to sums in fp32. The sums of all key tiles'
+parts come in any order: the last bits of dq differ from run to run. Without dq (WITH_DQ false; ``backward_dq`` computes
+it) the rest is bitwise repeatable.
 
 Both warpgroups are one partition of 8 warps, since only the kernel's first partition gets uniform registers from ptxas;
 in one of their own, the addresses of the products' operands would take so many of the others that it spills. They meet
@@ -19,15 +19,14 @@ once a step, at ds. All else is said by barriers at which they only arrive (Gluo
 
 A step: dv is started as soon as p is there, so that ds is computed beside it; dq is started before dk, so that dq goes
 to shared memory beside dk; the next step's scores are started at the end. The order of waits is what keeps ptxas from
-serialising the products: change it only with its warnings C7510 to C7519 in view, which tests/kernels/aot checks.
+serialising the products: change it only with its warnings C7510 to C7519 in view, which tests/kernels/aot checks. This
+is the loop for 128 columns, and for 64 where any steps may mask; else ``backward_halves`` has that for 64.
 """
 
 from __future__ import annotations
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -36,63 +35,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .backward_common import (
+    BLOCK_N,
+    BOUNDS,
+    COUNT_COVERED,
+    COUNT_ENTRIES,
+    DQ_BARRIER,
+    ENTRY_DIRTY,
+    ENTRY_MASKED,
+    ENTRY_TILE,
+    MASK_ANY,
+    MASK_LEADING,
+    STAGE_BARRIER,
+    _hand_over,
+    _read,
+    _store_rows,
+    meet,
+    reduce_add,
+    scores_layout,
+)
+from .backward_halves import _consumer_of_halves
 from .primitives import retire
-
-LOG2E = gl.constexpr(1.4426950408889634)
-
-
-#: Named barriers between the 8 warps that compute and one other, beyond those that Triton uses itself: a step's dq is
-#: in shared memory; a stage is free (one barrier for each).
-DQ_BARRIER = gl.constexpr(8)
-STAGE_BARRIER = gl.constexpr(9)
-THREADS = gl.constexpr(9 * 32)
-
-
-@builtin
-def reduce_add(desc, coordinates, source, _semantic=None):
-    """Start the addition of ``source``, in shared memory, to a block in global memory; wait with ``tma.store_wait``.
-
-    Gluon's builder has the operation, its Python front end has no name for it (Triton 3.6).
-    """
-    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coordinates, source.handle)
-
-
-@gluon.constexpr_function
-def _meet_asm(op, threads):
-    return f"bar.{op} $1, {threads}; mov.u32 $0, 0;"
-
-
-@gluon.jit
-def meet(OP: gl.constexpr, barrier):
-    """At a named barrier of THREADS, wait ("sync"), or only say that one has come ("arrive")."""
-    asm: gl.constexpr = _meet_asm(OP, THREADS)
-    gl.inline_asm_elementwise(asm, "=r,r", [barrier], dtype=gl.int32, is_pure=False, pack=1)
-
-
-#: Which steps of a program mask: none; the first ones (a causal mask), which get a loop of their own; or any, by a
-#: branch (windows, lists of query tiles; causal masks with grouped heads: nested loops spill registers).
-MASK_NONE = gl.constexpr(0)
-MASK_LEADING = gl.constexpr(1)
-MASK_ANY = gl.constexpr(2)
-
-#: An entry of the list of query tiles: the tile's index, and what needs doing.
-ENTRY_MASKED = gl.constexpr(1 << 29)
-ENTRY_DIRTY = gl.constexpr(1 << 30)
-ENTRY_TILE = gl.constexpr((1 << 29) - 1)
-#: The count of a list's entries, and whether each key of the tile is known to be seen by some row.
-COUNT_COVERED = gl.constexpr(1 << 30)
-COUNT_ENTRIES = gl.constexpr((1 << 30) - 1)
-#: How rows' bounds lie in shared memory, for reading a few of them.
-BOUNDS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 RUNTIME = [
     "list_stride", "nheads", "nheads_k", "heads_per_split", "n_splits", "seqlen_k", "dkv_stride_b", "dkv_stride_split",
     "n_tiles_q", "n_heads_total", "section", "right", "left",
 ]  # fmt: skip
-
-#: Keys of a tile; half of them belong to each warpgroup that computes.
-BLOCK_N = gl.constexpr(128)
 
 
 @gluon.jit
@@ -268,33 +236,6 @@ def _zero_not_finite(part):
 
 
 @gluon.jit
-def _hand_over(dq, step, dq_smem, dq_free):
-    """Leave a step's dq in shared memory for the storer, once what lay there is gone.
-
-    Two parts of 64 by 64, one of each warpgroup: the halves of the columns (64 rows), or of the rows. Numbers lie in
-    the order in which threads hold them, four neighbours a thread: 16-byte stores without conflicts
-    (``backward_prepare`` brings them into rows).
-    """
-    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [4, 0], [8, 0], [16, 0]],
-        [[0, 4], [0, 8], [0, 16], [0, 32], [0, 64]],
-        [[1, 0], [2, 0], [32, 0]],
-        [],
-        [64, 128],
-    )
-    # Warp, half of its 16 rows, row, and the columns' blocks of 8, pair of lane, column; the warpgroup comes first.
-    if dq.shape[0] == 64:
-        x = dq.reshape([4, 2, 8, 2, 8, 4, 2]).permute((3, 4, 0, 2, 5, 1, 6)).reshape([64, 128])
-    else:
-        x = dq.reshape([2, 4, 2, 8, 8, 4, 2]).permute((0, 4, 1, 3, 5, 2, 6)).reshape([64, 128])
-    x = gl.convert_layout(x, LAYOUT, assert_trivial=True)
-    mbarrier.wait(dq_free, (step & 1) ^ 1)
-    dq_smem.store(x)
-    fence_async_shared()
-    meet("arrive", DQ_BARRIER)
-
-
-@gluon.jit
 def _storer(
     dq_desc,
     dq_smem,
@@ -325,12 +266,6 @@ def _storer(
                 reduce_add(dq_desc, [(head_tiles + tile) * ROWS, 0], dq_smem)
                 tma.store_wait(0)
                 mbarrier.arrive(dq_free, count=1)
-
-
-@gluon.constexpr_function
-def scores_layout(columns):
-    """How a tile of BLOCK_N keys by ``columns`` lies in registers: 64 keys in each of two warpgroups."""
-    return gl.NVMMADistributedLayout([3, 0], [8, 1], [16, columns, 16])
 
 
 @gluon.jit
@@ -473,28 +408,6 @@ def _step(
     meet("arrive", STAGE_BARRIER + stage)
     scores = warpgroup_mma(k_smem, q_smem.index(next_stage).permute((1, 0)), start, is_async=True)
     return scores, dk, dv
-
-
-@gluon.jit
-def _read(buffer):
-    """The number that the producer has put there."""
-    return gl.max(buffer.load(gl.BlockedLayout([1], [32], [8], [0])), 0)
-
-
-@gluon.jit
-def _store_rows(ptr, stride, n_keys, x, DIM: gl.constexpr):
-    """Store the first ``n_keys`` rows of dk or dv; ``ptr`` points at the tile's first row."""
-    BLOCK_D: gl.constexpr = x.shape[1]
-    PIECES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [8, 1], [1, 0])
-    # fp32 is stored as it lies in registers, which fills sectors of 32 bytes.
-    LAYOUT: gl.constexpr = x.type.layout if ptr.dtype.element_ty.primitive_bitwidth == 32 else PIECES
-    rows = gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT))
-    columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))
-    inside = (rows < n_keys)[:, None]
-    if DIM != BLOCK_D:
-        inside = inside & (columns < DIM)[None, :]
-    at = ptr + rows[:, None] * stride + columns[None, :]
-    gl.store(at, gl.convert_layout(x.to(ptr.dtype.element_ty), LAYOUT), mask=inside)
 
 
 @gluon.jit
@@ -676,6 +589,7 @@ def attention_backward(
     ROTATE: gl.constexpr,
     WITH_DQ: gl.constexpr,
     ALIGNED: gl.constexpr,
+    HALVES: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
     """dk and dv of 128 keys of one key head, summed over ``heads_per_split`` query heads, and their part of dq.
@@ -683,8 +597,8 @@ def attention_backward(
     Args:
         q_desc, k_desc, v_desc, dout_desc: (batch, seqlen, heads, head dim) descriptors; k's and v's blocks are 128
             keys, q's and dout's BLOCK_M rows.
-        start_desc, delta_desc: fp32 (batch * nheads * n_tiles_q * BLOCK_M,): -lse / scale (softcap: -lse * log2(e)),
-            -inf where a row weighs nothing, and -delta.
+        start_desc, delta_desc: fp32 (batch * nheads * n_tiles_q * BLOCK_M,): -lse / scale (softcap, HALVES:
+            -lse * log2(e)), -inf where a row weighs nothing, and -delta.
         dk_ptr, dv_ptr: (splits, batch, keys, nheads_k, head dim), rows contiguous; keys lie as far apart as
             ``nheads_k`` rows, batch elements and splits ``dkv_stride_b`` and ``dkv_stride_split`` keys.
         dq_desc: fp32 (rows, 128) in blocks of 64 rows: the sums of dq, in tiles of BLOCK_M by BLOCK_D whose numbers
@@ -751,7 +665,11 @@ def attention_backward(
     dq_smem = q_smem
     dq_free = kv_full
     if WITH_DQ:
-        ds_smem = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], SWIZZLED)
+        if HALVES:
+            first_ds = gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_M], SWIZZLED)
+            ds_smem = (first_ds, gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_M], SWIZZLED))
+        else:
+            ds_smem = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], SWIZZLED)
         dq_smem = gl.allocate_shared_memory(gl.float32, [64, 128], dq_desc.layout)
         dq_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
         mbarrier.init(dq_free, count=1)
@@ -783,8 +701,9 @@ def attention_backward(
     if WITH_DQ:
         gl.warp_specialize(
             [
-                (_consumer, (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                             STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, ALIGNED)),
+                (_consumer_of_halves if HALVES else _consumer,
+                 (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D, STAGES, MASK,
+                  HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, ALIGNED)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
                              STAGES, ROTATE, LISTED, PHASES)),
                 (_storer, (dq_desc, dq_smem, dq_free, where, entries_ptr, BLOCK_M, BLOCK_D, ROTATE, LISTED, PHASES)),
@@ -795,8 +714,9 @@ def attention_backward(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D,
-                             STAGES, MASK, HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, ALIGNED)),
+                (_consumer_of_halves if HALVES else _consumer,
+                 (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D, STAGES, MASK,
+                  HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, ALIGNED)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
                              STAGES, ROTATE, LISTED, PHASES)),
             ],

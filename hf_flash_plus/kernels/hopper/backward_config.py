@@ -14,6 +14,7 @@ class Config(NamedTuple):
     Attributes:
         block_m: query rows of a step.
         stages: tiles of q and dout in flight.
+        halves: the loop is that of ``backward_halves``, which knows no row intervals and no bound at the left.
         rotate: programs start at different query tiles, so that their additions to dq do not collide (no mask).
         other_registers: a thread's in the warps that load and store; those that compute get the rest.
         keys: of a tile. Widths beyond 128 have a kernel of their own, ``backward_wide``, which reads this, and what
@@ -27,6 +28,7 @@ class Config(NamedTuple):
 
     block_m: int
     stages: int = 2
+    halves: bool = False
     rotate: bool = True
     other_registers: int = 24
     keys: int = 128
@@ -53,12 +55,21 @@ def widths(head_dim: int, v_head_dim: int) -> tuple[int, int]:
     return (192, 128) if head_dim <= 192 and v_head_dim <= 128 else (256, 256)
 
 
-def select(dim: int, with_dq: bool) -> Config:
-    """The configuration for q's and k's width, with or without dq (whose buffers take a third stage's memory)."""
+def mask_of(listed: bool, has_left: bool, has_right: bool) -> int:
+    """Which steps of a program mask: 0 none, 1 the first ones, 2 any (``backward_common.MASK_ANY``), by whether there
+    are row intervals and by the flags' bounds."""
+    return 2 if listed or has_left else int(has_right)
+
+
+def select(dim: int, with_dq: bool, mask: int) -> Config:
+    """The configuration for q's and k's width, with or without dq (whose buffers take a third stage's memory).
+
+    ``mask``: which steps of a program mask, see :func:`mask_of`.
+    """
     if dim > 128:
         return WIDE[dim]
     if dim == 64:
-        return Config(128)
+        return Config(128, halves=mask < 2)
     return Config(64, stages=2 if with_dq else 3)
 
 
@@ -70,6 +81,7 @@ class DqConfig:
     Attributes:
         v_dim: the padded head dimension, of all tensors.
         head_dim: that of dq.
+        base2: whether the rows' numbers are -lse in base 2, see :func:`base2`.
     """
 
     mode: int
@@ -82,13 +94,20 @@ class DqConfig:
     consumer_registers: int
     other_registers: int
     consumers: int = 2
+    base2: bool = False
 
 
-def select_dq(dim: int, mode: int, softcap: bool, head_dim: int) -> DqConfig:
-    """The configuration for a padded head dimension; ``mode`` as in ``config``."""
+def base2(config: Config, softcap: bool) -> bool:
+    """Whether the rows' numbers are -lse in base 2, to be added to scaled scores; else -lse / scale."""
+    return softcap or config.halves
+
+
+def select_dq(dim: int, mode: int, softcap: bool, head_dim: int, main: Config) -> DqConfig:
+    """The configuration for a padded head dimension; ``mode`` as in ``config``, ``main`` that of the kernel for dk."""
     block_n, k_stages, v_stages = (128, 3, 2) if dim == 128 else (128, 4, 4)
     if dim == 128 and softcap:  # whose derivative takes registers of its own: 1200 bytes would be spilled with 128 keys
         block_n, k_stages, v_stages = 64, 5, 4
     described = mode in (config.WINDOW, config.INTERVALS)  # the loading warps do more
     registers = (232, 40) if described else (240, 24)
-    return DqConfig(mode, softcap, dim, head_dim, block_n, k_stages, v_stages, *registers)
+    base_2 = base2(main, softcap)
+    return DqConfig(mode, softcap, dim, head_dim, block_n, k_stages, v_stages, *registers, base2=base_2)

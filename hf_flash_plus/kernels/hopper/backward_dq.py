@@ -90,7 +90,7 @@ class Problem(NamedTuple):
     bounds_ptr: gl.tensor
     summary_ptr: gl.tensor
     intervals_batch: gl.tensor
-    start_ptr: gl.tensor  # (batch * nheads, rows padded to tiles): -lse / scale, or with softcap -lse * log2(e)
+    start_ptr: gl.tensor  # (batch * nheads, rows padded to tiles): -lse / scale, or (base2) -lse * log2(e)
     minus_delta_ptr: gl.tensor  # of the same shape
     dq_ptr: gl.tensor
     dq_rows: gl.tensor  # rows between two batch elements of dq
@@ -329,7 +329,7 @@ def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
         first = (tile.batch * p.nheads + tile.head) * n_row_tiles(p, C) * (C.consumers * 64) + tile.first_row + W * 64
         at = first + gl.arange(0, 64, S_ROWS)
         start, minus_delta = gl.load(p.start_ptr + at), gl.load(p.minus_delta_ptr + at)
-        if not C.softcap:
+        if not C.base2:
             start = start * p.factor
         acc = gl.full([64, C.v_dim], 0.0, gl.float32, DQ_LAYOUT)
         mbarrier.wait(sm.dout_full.index(W), t & 1)

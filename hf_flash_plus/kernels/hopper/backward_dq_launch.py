@@ -57,7 +57,7 @@ def prepare(
     bounds, q = parts.bounds, parts.q
     mode = _mode(parts)
     if config is None:
-        config = backward_config.select_dq(parts.block_d, mode, parts.softcap > 0.0, q.shape[3])
+        config = backward_config.select_dq(parts.block_d, mode, parts.softcap > 0.0, q.shape[3], parts.config)
     plan = _plan(config, q.dtype)
     summary = summary_bounds = tiles = None
     if mode == INTERVALS:

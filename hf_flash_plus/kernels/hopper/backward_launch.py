@@ -244,7 +244,8 @@ def take_apart(
         return None
     dim, v_dim = backward_config.widths(q.shape[3], v_head_dim)
     if config is None:
-        config = backward_config.select(dim, MODES[mode] > 0)
+        masking = backward_config.mask_of(mask.row_intervals is not None, bounds.has_left, bounds.has_right)
+        config = backward_config.select(dim, MODES[mode] > 0, masking)
     n_tiles_k, splits, group = _cdiv(keys, config.keys), 1, nheads // nheads_k
     # Query heads of a group are dealt to several programs where there would be too few to fill the device.
     n_cores = tiles.device_info(q.device).n_cores
@@ -343,7 +344,7 @@ def rows_launch(parts: Parts, buffers: Buffers, delta: Tensor, summarize: bool =
         parts.out, parts.dout, parts.lse, delta, buffers.start, buffers.minus_delta, buffers.dq_sums,
         buffers.row_bounds, buffers.summary, intervals, *strides,
         parts.lse.stride(1), *interval_strides, nheads, rows, keys, parts.n_tiles_q, n_lists, *parts.window,
-        -LOG2E if parts.softcap else -1.0 / parts.scale,
+        -LOG2E if backward_config.base2(parts.config, parts.softcap > 0.0) else -1.0 / parts.scale,
     )  # fmt: skip
     options = {
         "V_HEAD_DIM": parts.v.shape[3],
@@ -426,15 +427,12 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     takes part on."""
     batch, nheads, nheads_k, _, keys = parts.sizes
     config, bounds, mode = parts.config, parts.bounds, parts.mode
-    listed, masked = parts.intervals is not None, bounds.has_left or bounds.has_right
+    listed = parts.intervals is not None
     group = nheads // nheads_k
     heads_per_split = group // parts.splits
     grouped = heads_per_split > 1
     n_heads = parts.splits * batch * nheads_k
-    if listed or bounds.has_left:
-        mask = 2
-    else:
-        mask = int(masked)
+    mask = backward_config.mask_of(listed, bounds.has_left, bounds.has_right)
     list_stride = 0 if parts.intervals is None or parts.intervals.shape[0] == 1 else parts.n_tiles_k
     softcap = parts.softcap
     block_m, keys_n = config.block_m, config.keys
@@ -481,7 +479,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     else:
         kind = "main"
         options |= {"BLOCK_D": dim, "WITH_DQ": mode == MODES["unordered"]}
-        options |= {"STAGES": config.stages, "MASK": mask, "ALIGNED": corners}
+        options |= {"STAGES": config.stages, "MASK": mask, "ALIGNED": corners, "HALVES": config.halves}
     key = (parts.q.device.index, parts.q.dtype, dk.dtype)
     return _launch(kind, parts.n_tiles_k * n_heads, arguments, options, key)
 

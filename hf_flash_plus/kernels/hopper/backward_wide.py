@@ -35,6 +35,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward import (
+    RUNTIME,
+    _load_bounds,
+    _next_start,
+    _phase,
+    _query_tiles,
+    _schedule,
+    _weights,
+    _zero_hidden_rows,
+)
+from .backward_common import (
     COUNT_COVERED,
     COUNT_ENTRIES,
     DQ_BARRIER,
@@ -44,15 +54,7 @@ from .backward import (
     MASK_ANY,
     MASK_LEADING,
     MASK_NONE,
-    RUNTIME,
-    _load_bounds,
-    _next_start,
-    _phase,
-    _query_tiles,
     _read,
-    _schedule,
-    _weights,
-    _zero_hidden_rows,
     meet,
     reduce_add,
 )

@@ -86,6 +86,10 @@ VARIANTS = [
     ("unordered", "causal", 128, 8, 512, 0.0, BF16, 32),  # dk and dv in fp32, of several programs
     ("split", "causal", 128, 32, 4096, 0.0, BF16, 32),
     ("split", "full", 64, 32, 4096, 0.0, FP16, 32),
+    ("unordered", "full", 64, 32, 4096, 0.0, BF16, 32),
+    ("unordered", "causal", 64, 32, 4096, 0.0, BF16, 32),
+    ("unordered", "causal", 64, 8, 4000, 0.0, BF16, 32),
+    ("unordered", "intervals", 64, 32, 4096, 0.0, BF16, 32),
     ("split", "intervals", 128, 8, 4000, 20.0, BF16, 160),
     ("unordered", "window", 64, 32, 4096, 0.0, FP16, 96),
     ("unordered", "intervals", 128, 8, 4000, 0.0, BF16, 128),
@@ -173,6 +177,23 @@ def test_options_of_wide_heads(option: dict[str, int]) -> None:
     inputs = _inputs("causal", 256, 32, 4096, 0.0, BF16)
     serialized = tuple(code for code in SERIALIZED if code != "C7519")
     _compile("unordered", inputs, 32, backward_config.WIDE[256]._replace(**option), serialized)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "window", "intervals"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_loop_and_numbers(mask: str, head_dim: int) -> None:
+    """The loop in halves is for 64 columns without row intervals and windows; numbers of rows are made for the loop
+    that reads them, as the kernel for dq knows."""
+    halves = head_dim == 64 and mask in ("full", "causal")
+    inputs = _inputs(mask, head_dim, 8, 4000, 0.0, BF16)
+    with compiling_for("sm90"):
+        for mode in backward_launch.MODES:
+            found = hopper_launches(inputs, mode)
+            assert found["main"].plan.options["HALVES"] == halves
+            factor = found["rows"].arguments[-1]
+            assert factor == (-backward_launch.LOG2E if halves else -1.0 / inputs.softmax_scale)
+            if mode == "split":
+                assert found["dq"].plan.options["C"].base2 == halves
 
 
 def test_lengths_do_not_recompile() -> None:

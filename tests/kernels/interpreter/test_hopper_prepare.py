@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from hf_flash_plus.kernels.hopper import backward, backward_launch
+from hf_flash_plus.kernels.hopper import backward, backward_config, backward_launch
 from tests.kernels.cases import NAN, Case, assert_within, build, oracle
 
 BASE = Case((), 2, 200, 300, 2, 1, 64, 64, torch.float16)
@@ -121,6 +121,8 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
                 if softcap:
                     t = torch.tanh(raw * parts.scale / softcap)
                     p, derivative = torch.exp2(t * softcap * backward_launch.LOG2E + start), 1 - t * t
+                elif backward_config.base2(parts.config, False):
+                    p = torch.exp2(raw * parts.scale * backward_launch.LOG2E + start)
                 else:
                     p = torch.exp2((raw + start) * parts.scale * backward_launch.LOG2E)
                 p = torch.where(key < keys, p, 0.0)

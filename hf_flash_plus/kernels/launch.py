@@ -240,7 +240,7 @@ def prepare(inputs: AttentionInputs) -> Call:
         inputs.dropout_p > 0.0,
         tiles.row_class(seqlen_q, batch * nheads, device),
     )
-    if _careful and structure in _careful:
+    if (_careful and structure in _careful) or _narrow(device, head_dim, v_head_dim):
         structure = structure._replace(careful=True)
     pointers = (intervals, key_mask, holes, bias, positions, slopes)
     if intervals is key_mask is bias is slopes is None:
@@ -257,6 +257,17 @@ def prepare(inputs: AttentionInputs) -> Call:
     sizes = (batch, nheads, nheads_k, seqlen_q, seqlen_k)
     dtypes = () if bias is None else (bias.dtype,)
     return Call(inputs, structure, sizes, (left, right), pointers, strides, dtypes)
+
+
+#: Up to this padded head dimension, of q or of v, nothing is computed by ``wgmma`` where the assembler is in doubt
+#: (:mod:`machine_code`): there it made errors that the look does not find. Five of 3000 random calls gave wrong results
+#: or illegal accesses on an H200 (2026-11-28), all with values of 16 columns beside queries of 40 or 96.
+NARROW = 32
+
+
+@cache
+def _narrow(device: tiles.DeviceInfo, head_dim: int, v_head_dim: int) -> bool:
+    return min(tiles.padded(head_dim), tiles.padded(v_head_dim)) <= NARROW and doubtful(device.arch)
 
 
 #: Structures some kernel of which is compiled wrong here.

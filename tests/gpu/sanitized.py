@@ -142,6 +142,17 @@ def handshake() -> Group:
     yield "with mbarriers", run
 
 
+def relay() -> Group:
+    """A control: the same by way of a third warp."""
+    from tests.gpu import controls
+
+    def run() -> None:
+        given, taken = controls.hand_on()
+        assert torch.equal(given, taken)
+
+    yield "with mbarriers, by way of another warp", run
+
+
 def race() -> Group:
     """A control: the same without waiting."""
     from tests.gpu import controls
@@ -162,6 +173,7 @@ GROUPS: dict[str, Callable[[], Group]] = {
     "hopper_forward": hopper_forward,
     "hopper_backward": hopper_backward,
     "handshake": handshake,
+    "relay": relay,
     "race": race,
     "bounds": bounds,
 }

@@ -6,8 +6,8 @@ Each tool and group of kernels runs in a process of its own, several at a time, 
 sees every access of global and shared memory: allocations are not cached (``PYTORCH_NO_CUDA_MEMORY_CACHING``), so that
 a tensor's end is the allocation's. ``racecheck`` sees shared memory, ``synccheck`` barriers.
 
-What a tool says is worth what it says of the controls: it must find the planted fault, and must not find one in a
-handshake of mbarriers that is right. Where it does, the same finding in kernels of that kind is ``inconclusive``.
+What a tool says is worth what it says of the controls: it must find the planted fault, and must not find one in
+handshakes of mbarriers that are right. Where it does, the same finding in kernels of that kind is ``inconclusive``.
 Exit code 1: errors, a control that was not seen, or a group that did not run to its end.
 """
 
@@ -35,13 +35,14 @@ from tests.gpu.sanitized import DONE, GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OURS = ("portable", "decode", "hopper_forward", "hopper_backward")
-#: Kernels whose warps meet at mbarriers, as those of the control ``handshake`` do.
+#: Kernels whose warps meet at mbarriers, and right ones that do the same.
 MBARRIERS = ("hopper_forward", "hopper_backward")
+HANDSHAKES = ("handshake", "relay")
 #: By tool the groups it is run on, the control with the planted fault first.
 TOOLS = {
     "memcheck": ("bounds", *OURS),
-    "racecheck": ("race", "handshake", *OURS),
-    "synccheck": ("handshake", *OURS),
+    "racecheck": ("race", *HANDSHAKES, *OURS),
+    "synccheck": (*HANDSHAKES, *OURS),
 }
 PLANTED = {"memcheck": "bounds", "racecheck": "race"}
 #: Lines of the tool's report that a record keeps.
@@ -128,15 +129,16 @@ def _races(lines: Sequence[str]) -> Counter[str]:
 def weigh(findings: Sequence[Finding]) -> None:
     """Take back verdicts that a tool gives of a right kernel, too.
 
-    Where the control ``handshake`` has errors, those that kernels of its kind have in the same place are inconclusive:
+    Where a control with mbarriers has errors, those that kernels of its kind have in the same place are inconclusive:
     in the code by which Triton sends warps to their jobs (both accesses in the entry of a kernel), or anywhere.
     """
-    controls = {one.tool: one for one in findings if one.group == "handshake" and one.errors}
     for one in findings:
-        control = controls.get(one.tool)
-        if control is None or one.group not in (*MBARRIERS, "handshake") or not one.errors or one.status == "timeout":
+        controls = [
+            other for other in findings if other.tool == one.tool and other.group in HANDSHAKES and other.errors
+        ]
+        if not controls or one.group not in (*MBARRIERS, *HANDSHAKES) or not one.errors or one.status == "timeout":
             continue
-        entries_only = all(map(_is_entry, control.races)) and bool(control.races)
+        entries_only = all(control.races and all(map(_is_entry, control.races)) for control in controls)
         explained = all(map(_is_entry, one.races)) if entries_only else True
         one.status = "inconclusive" if explained else "errors"
 

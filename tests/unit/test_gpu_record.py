@@ -247,9 +247,10 @@ IN_ENTRY = RACY.replace("nowhere.py:550", f"controls.py:{ENTRY}").replace("nowhe
         (RACY, CLEAN, "clean"),
     ],
 )
-def test_a_tool_is_believed_as_far_as_its_controls_go(control: str, kernel: str, verdict: str) -> None:
+@pytest.mark.parametrize("right", ["handshake", "relay"])
+def test_a_tool_is_believed_as_far_as_its_controls_go(control: str, kernel: str, verdict: str, right: str) -> None:
     """Errors in kernels with mbarriers count unless a right kernel with mbarriers has the like; all others do."""
-    texts = {"hopper_forward": kernel, "race": RACY, "handshake": control, "portable": RACY, "hopper_backward": kernel}
+    texts = {"hopper_forward": kernel, "race": RACY, right: control, "portable": RACY, "hopper_backward": kernel}
     found: list[sanitizer.Finding] = []
     for group, text in texts.items():  # weighed as they come, in any order
         found.append(sanitizer.read("racecheck", group, 0 if text is CLEAN else 9, text))
@@ -257,7 +258,7 @@ def test_a_tool_is_believed_as_far_as_its_controls_go(control: str, kernel: str,
     verdicts = {one.group: one.status for one in found}
     assert verdicts["hopper_forward"] == verdicts["hopper_backward"] == verdict
     assert verdicts["race"] == verdicts["portable"] == "errors"
-    assert verdicts["handshake"] == ("clean" if control is CLEAN else "inconclusive")
+    assert verdicts[right] == ("clean" if control is CLEAN else "inconclusive")
 
 
 def test_a_planted_fault_that_is_not_found_is_no_success() -> None:

@@ -251,10 +251,11 @@ def dq_rows(
     tile_at = (tl.program_id(0) // PARTS).to(tl.int64)
     batch_head, tile = tile_at // n_tiles_q, tile_at % n_tiles_q
     batch, head = batch_head // nheads, batch_head % nheads
-    at = sums_ptr + tile_at * (BLOCK_M * BLOCK_D) + part * 4096 + tl.arange(0, 4096)
+    numbers = tl.arange(0, 4096)
+    at = sums_ptr + tile_at * (BLOCK_M * BLOCK_D) + part * 4096 + numbers
     if HAS_INTERVALS:  # no sums where no row of the tile sees anything
         last = tl.load(summary_ptr + (tl.minimum(batch, n_lists - 1) * 5 + 1) * n_tiles_q + tile)
-        x = tl.load(at, mask=tl.broadcast_to(last > 0, [4096]), other=0.0)
+        x = tl.load(at, mask=numbers < tl.where(last > 0, 4096, 0), other=0.0)
     else:
         x = tl.load(at)
     # Register, quarter of a warp, row in it, ...: see backward._hand_over.

@@ -5,7 +5,7 @@ loops takes the address of its operand from a uniform register that is written o
 or not at all. Where the first loop has nothing to do, the product reads other shared memory: a wrong result, or an
 illegal access. Which kernels are hit depends on strides, masks and head dimensions at once. In right code no uniform
 register can be read before it was written; that is what is looked for here, in the disassembly (``nvdisasm``, which
-Triton carries, too).
+Triton carries, too). A register that was written for something else is not found: see ``launch.NARROW``.
 
 :class:`MiscompiledError` ends a launch before it takes place; ``launch`` then computes the call with tiles so small
 that their products need no such addresses.
@@ -70,7 +70,8 @@ def check(compiled: Any) -> None:
     else:
         try:
             found = "\n".join(unwritten(compiled.asm["cubin"]))
-        except (AttributeError, OSError, RuntimeError, subprocess.SubprocessError) as problem:
+        except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+                subprocess.SubprocessError) as problem:  # fmt: skip
             raise MiscompiledError(f"{compiled.name} cannot be looked at: {problem}") from problem
         with contextlib.suppress(OSError):  # a cache that is full, or cannot be written: it is looked at again then
             kept.put(found, _VERDICT, binary=False)

@@ -67,7 +67,9 @@ FAULTY = {
 
 @pytest.fixture
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been found yet, and heads of few columns are computed like all others."""
     monkeypatch.setattr(launch, "_careful", set())
+    monkeypatch.setattr(launch, "_narrow", lambda *_: False)
 
 
 @pytest.mark.parametrize("name", FAULTY)
@@ -109,6 +111,27 @@ def test_gradients_of_such_calls_need_no_wgmma_either(_clean: None) -> None:
             assert "wgmma" not in warm_up(built).asm["ptx"], name
 
 
+@pytest.mark.parametrize("name", FAULTY)
+def test_heads_of_few_columns_need_no_look(name: str) -> None:
+    """The look does not find every fault that they have."""
+    with compiling_for("sm90"):
+        if not machine_code.doubtful("sm90"):
+            pytest.skip("this ptxas does not have the fault")
+        assert "wgmma" not in warm_up(FAULTY[name]()).asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    "head_dim, v_head_dim, narrow", [(40, 16, True), (96, 24, True), (16, 64, True), (40, 40, False)]
+)
+def test_which_heads_have_few_columns(
+    head_dim: int, v_head_dim: int, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for doubtful in (True, False):
+        monkeypatch.setattr(launch, "doubtful", lambda arch, doubtful=doubtful: doubtful)
+        found = launch._narrow.__wrapped__(SimpleNamespace(arch="sm90"), head_dim, v_head_dim)
+        assert found == (narrow and doubtful)
+
+
 def test_what_was_found_is_kept_beside_the_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found: list[str] = []
@@ -126,10 +149,14 @@ def test_what_was_found_is_kept_beside_the_kernel(monkeypatch: pytest.MonkeyPatc
     def missing(cubin: bytes) -> list[str]:
         raise RuntimeError("no nvdisasm")
 
+    def strange(cubin: bytes) -> list[str]:
+        raise TypeError("an operand of no known kind")
+
     kernel.hash = "2" * 64
-    monkeypatch.setattr(machine_code, "unwritten", missing)
-    with pytest.raises(machine_code.MiscompiledError, match="cannot be looked at: no nvdisasm"):
-        machine_code.check(kernel)
+    for unwritten, words in ((missing, "no nvdisasm"), (strange, "an operand of no known kind")):
+        monkeypatch.setattr(machine_code, "unwritten", unwritten)
+        with pytest.raises(machine_code.MiscompiledError, match=f"cannot be looked at: {words}"):
+            machine_code.check(kernel)
     kernel.asm["ptx"] = "mma.sync"
     machine_code.check(kernel)  # nothing to look for
 

@@ -25,6 +25,9 @@ HARMLESS = frozenset({"reference", "torch_sdpa"})
 #: Which part of the processes the cells of a provider that compiles are dealt to.
 PARTS = {"triton": 2, "flaggems": 4}
 
+#: Memory of a GPU that a process may need: its context, and the largest cell.
+PER_PROCESS = 3 * 2**29
+
 #: The "feature" of a row about a provider that ended the process that asked whether it can be used.
 LOADING = "loading"
 
@@ -169,7 +172,7 @@ def check(
         device: ``"cpu"`` or a CUDA device.
         providers: by name; None is every one that claims to serve there.
         timeout: seconds for one cell, compiling its kernels included.
-        jobs: processes at a time; None chooses by the number of cores.
+        jobs: processes at a time; None chooses by the number of cores and the device's free memory.
         report: called with each row as it comes, from several threads but never from two at once.
     """
     begin = time.perf_counter()
@@ -181,7 +184,7 @@ def check(
     if providers is not None:
         result.missing = [name for name in names if reasons[name] is not None]
     result.not_checked = _not_checked(device, [one for one in result.providers if one.reason])
-    jobs = jobs or max(1, min(12, _cores() // 2))
+    jobs = jobs or _jobs(device)
     work: list[tuple[Runner, list[Cell], list[Row], bool]] = []
     for name in asked:
         cells = matrix(name, device)
@@ -215,6 +218,14 @@ def check(
     result.rows.sort(key=lambda row: order.get(Cell(row.provider, row.feature, row.dtype, device), -1))
     result.seconds = time.perf_counter() - begin
     return result
+
+
+def _jobs(device: str) -> int:
+    """How many processes at a time: most of their work is to compile, which keeps a core busy each."""
+    if not device.startswith("cuda"):
+        return max(1, min(12, _cores() // 2))
+    free, _ = torch.cuda.mem_get_info(torch.device(device))
+    return max(1, min(12, _cores(), free // PER_PROCESS))
 
 
 def _cores() -> int:

@@ -131,7 +131,9 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     # 5: no tests were collected, as where nothing needs the GPU alone.
     statuses = [0 if record["exit_status"] == 5 else record["exit_status"] for record in records]
     return {
-        **{name: first[name] for name in ("date", "gpu", "driver", "commit", "versions")},
+        **{name: first[name] for name in ("date", "gpu", "driver")},
+        "commit": ", ".join(dict.fromkeys(str(record["commit"]) for record in records)),
+        "versions": first["versions"],
         "commands": [command for record in records for command in record.get("commands") or [record["command"]]],
         "complete": all(record["complete"] for record in records),
         "exit_status": None if None in statuses else max(statuses),

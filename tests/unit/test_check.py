@@ -320,3 +320,22 @@ def test_on_a_gpu_every_cell_is_asked_once(jobs: int, monkeypatch: pytest.Monkey
     assert sorted(cell for _, cell in asked) == sorted([*expected, *run.model_cells(models.AUTOMATIC, "cuda")])
     assert {cell.provider for apart, cell in asked if not apart} == {"reference"}
     assert result.passed and {row.dtype for row in result.models} == {"fp32", "bf16"}
+
+
+@pytest.mark.parametrize(
+    "device, cores, gibibytes, jobs",
+    [
+        ("cpu", 8, 0, 4),
+        ("cpu", 1, 0, 1),
+        ("cuda", 6, 80, 6),
+        ("cuda:1", 64, 80, 12),
+        ("cuda", 16, 7, 4),
+        ("cuda", 4, 1, 1),
+    ],
+)
+def test_number_of_processes(
+    device: str, cores: int, gibibytes: int, jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_cores", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gibibytes * 2**30, 80 * 2**30))
+    assert run._jobs(device) == jobs

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_flash_plus import ops
+from hf_flash_plus import interval_cache, ops
 from hf_flash_plus.inputs import AttentionInputs
 from hf_flash_plus.interval_cache import share, shared
 from hf_flash_plus.masks import AttentionMask
@@ -54,6 +54,42 @@ def test_inference_mode_keeps_nothing() -> None:
     with torch.inference_mode():
         intervals = share(made())
         assert shared(intervals) is None
+
+
+class _OnAGpu:
+    """What ``shared`` asks of a tensor."""
+
+    is_cuda, device, _version = True, torch.device("cuda", 1), 0
+
+    def __init__(self) -> None:
+        setattr(self, interval_cache._ATTRIBUTE, interval_cache._Kept(0))
+
+
+def test_streams_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one stream has computed may not be there yet for another."""
+    streams = {1: 7}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.__getitem__, raising=False)
+    intervals: Any = _OnAGpu()
+    first = shared(intervals)
+    assert first == {}
+    first["summary"] = 1
+    streams[1] = 8
+    assert shared(intervals) == {}
+    streams[1] = 7
+    assert shared(intervals) is first
+
+
+def test_nothing_is_kept_or_found_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    intervals: Any = _OnAGpu()
+    for capturing in (False, True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert (shared(intervals) is None) == capturing
+    monkeypatch.setattr(interval_cache, "_capturing", lambda tensor: True)
+    captured = share(made())
+    monkeypatch.undo()
+    assert shared(captured) is None, "replays write it anew"
 
 
 def test_copies_are_not_known() -> None:

@@ -232,6 +232,18 @@ def test_sections(mask: str, nheads_k: int, seqlen: int, batch: int, section: in
             assert backward_launch._section(parts) == section * parts.splits
 
 
+@pytest.mark.parametrize(("lists", "section"), [(16, 8), (1, 64)])
+def test_sections_under_row_intervals(lists: int, section: int) -> None:
+    """Two waves of programs, or eight where all heads share one list, and no small section at the end."""
+    rows = torch.empty(lists, 4096, 2, dtype=torch.int32, device="meta")
+    inputs = call(BF16, 128, batch=16, seqlen=4096, nheads=32, nheads_k=8, mask=AttentionMask(row_intervals=rows))
+    with compiling_for("sm90"):
+        q = inputs.query
+        lse = torch.empty(16, 32, 4096, dtype=torch.float32, device=q.device)
+        parts = backward_launch.take_apart(inputs, q, lse, q, "unordered")
+        assert parts.splits == 1 and backward_launch._section(parts) == section
+
+
 @pytest.mark.parametrize(("mode", "mask"), [("split", "causal"), ("unordered", "intervals")])
 def test_arguments_of_a_direct_launch(mode: str, mask: str) -> None:
     """What a compiled kernel is launched with, beside Triton's own look-up, is what Triton itself would pass; and its

@@ -150,6 +150,24 @@ def test_lists_are_kept_with_the_mask(compiled: Compiled) -> None:
     assert backward(intervals(), 11)[1] == [2, 1]
 
 
+def test_lists_serve_only_calls_that_would_make_the_same() -> None:
+    """All that they depend on beside the row intervals is in the key by which they are kept."""
+
+    def key(
+        rows: int = 256, keys: int = 256, dim: int = 64, v_dim: int = 64, mode: str = "unordered", **flags: Any
+    ) -> tuple[Any, ...]:
+        q, k, v = torch.empty(2, rows, 4, dim), torch.empty(2, keys, 2, dim), torch.empty(2, keys, 2, v_dim)
+        inputs = AttentionInputs(q, k, v, 0.125, AttentionMask(row_intervals=rows_of_all[:, :rows], **flags))
+        return backward_launch._lists_key(inputs, mode)
+
+    rows_of_all = torch.zeros(2, 256, 2, dtype=torch.int32)
+    others: list[dict[str, Any]] = [
+        {"rows": 128}, {"keys": 300}, {"dim": 128}, {"v_dim": 128}, {"mode": "split"}, {"causal": True},
+        {"window": (5, -1)}, {"window": (-1, 0)},
+    ]  # fmt: skip
+    assert key() == key() and len({key(), *(key(**other) for other in others)}) == 1 + len(others)
+
+
 def test_what_is_not_replayed(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors off the addresses that were compiled for, one tensor in two roles, sums over splits."""
     inputs, out, lse, dout = call(FULL, 0)

@@ -121,3 +121,23 @@ def test_summaries_are_kept_with_the_mask(empty_rows_hide: bool, listed: bool) -
     assert torch.equal(first.bounds, other.bounds) and torch.equal(*fields)
     intervals[:, 0] = 0
     assert not summarize().known
+
+
+def test_a_summary_serves_only_those_that_would_make_the_same() -> None:
+    """All that it depends on beside the intervals is in the key by which it is kept."""
+    q, longer = torch.empty(1, 300, 1, 8, dtype=torch.float16), torch.empty(1, 400, 1, 8, dtype=torch.float16)
+    mask = AttentionMask(row_intervals=share(_documents(300, [0, 100]).to(torch.int32)))
+    inputs = AttentionInputs(q, q, q, 1.0, mask)
+    same = {
+        "inputs": inputs, "window": NO_WINDOW, "block_m": 128, "block_n": BLOCK_N, "empty_rows_hide": False,
+        "listed": False,
+    }  # fmt: skip
+    first = forward_launch.SummaryLaunch(**same)
+    first.run()
+    assert forward_launch.SummaryLaunch(**same).memory is first.memory
+    others = {
+        "inputs": AttentionInputs(q, longer, longer, 1.0, mask), "window": (50, 0), "block_m": 192, "block_n": 64,
+        "empty_rows_hide": True, "listed": True,
+    }  # fmt: skip
+    for name, other in others.items():
+        assert not forward_launch.SummaryLaunch(**{**same, name: other}).known, name

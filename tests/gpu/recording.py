@@ -128,11 +128,13 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     crashed = {name: code for record in records for name, code in record.get("crashed_calls", {}).items()}
     first = records[0]
     sanitizer = [record["sanitizer"] for record in records if "sanitizer" in record]
+    # Merged records name several; those from outside of git none.
+    commits = [commit for record in records if record["commit"] for commit in record["commit"].split(", ")]
     # 5: no tests were collected, as where nothing needs the GPU alone.
     statuses = [0 if record["exit_status"] == 5 else record["exit_status"] for record in records]
     return {
         **{name: first[name] for name in ("date", "gpu", "driver")},
-        "commit": ", ".join(dict.fromkeys(str(record["commit"]) for record in records)),
+        "commit": ", ".join(dict.fromkeys(commits)) or None,
         "versions": first["versions"],
         "commands": [command for record in records for command in record.get("commands") or [record["command"]]],
         "complete": all(record["complete"] for record in records),

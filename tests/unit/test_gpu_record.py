@@ -136,6 +136,10 @@ def test_merging() -> None:
     assert merged["complete"] and merged["duration_s"] == 4.5 and merged["skips"] == {"why": 2}
     again = recording.merge([merged, _record()])
     assert again["passed"] == 5 and again["commands"] == ["pytest"] * 4, "what was merged can be merged again"
+    commits = [_record(commit=name) for name in ("b", "a", "b", None)]
+    merged = recording.merge([recording.merge(commits), *commits])
+    assert merged["commit"] == "b, a", "all that were tested, each once"
+    assert recording.merge([_record(commit=None)])["commit"] is None
     cut = recording.merge([_record(), _record(complete=False, exit_status=None)])
     assert not cut["complete"] and cut["exit_status"] is None
 
@@ -259,6 +263,13 @@ def test_a_tool_is_believed_as_far_as_its_controls_go(control: str, kernel: str,
     assert verdicts["hopper_forward"] == verdicts["hopper_backward"] == verdict
     assert verdicts["race"] == verdicts["portable"] == "errors"
     assert verdicts[right] == ("clean" if control is CLEAN else "inconclusive")
+
+
+def test_one_of_two_right_kernels_explains_what_the_other_does_not() -> None:
+    texts = {"handshake": IN_ENTRY, "relay": RACY, "hopper_forward": RACY}
+    found = [sanitizer.read("racecheck", group, 9, text) for group, text in texts.items()]
+    sanitizer.weigh(found)
+    assert [one.status for one in found] == ["inconclusive"] * 3
 
 
 def test_a_planted_fault_that_is_not_found_is_no_success() -> None:

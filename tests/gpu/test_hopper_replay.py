@@ -9,7 +9,7 @@ import torch
 
 import hf_flash_plus as hfp
 from hf_flash_plus.interval_cache import share
-from hf_flash_plus.kernels.hopper import backward_launch
+from hf_flash_plus.kernels.hopper import backward_launch, forward_launch
 from hf_flash_plus.masks import CAUSAL, FULL, AttentionMask
 
 pytestmark = pytest.mark.gpu
@@ -93,6 +93,25 @@ def test_lists_kept_with_a_mask(dim: int, monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(3):
         for a, b in zip(gradients(masks[0], 5, dim, 8, False), expected[2], strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("mask", [FULL, None], ids=["full", "intervals"])
+def test_compiled_code_that_becomes_cuda_graphs(mask: AttentionMask | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that is kept may lie in the graphs' memory, where torch warms the code up on a stream of its own."""
+    monkeypatch.setattr(forward_launch, "_counters", {})
+    monkeypatch.setattr(forward_launch, "_known", {})
+    mask = intervals(2, 256, 0) if mask is None else mask
+    q, k, v = (torch.randn(2, 256, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return hfp.attention(q, k, v, mask) * 2
+
+    compiled = torch.compile(attend, fullgraph=True, mode="reduce-overhead")
+    for _ in range(5):
+        q = q.clone().normal_()
+        torch.compiler.cudagraph_mark_step_begin()
+        found = compiled(q, k, v).clone()
+        torch.testing.assert_close(found, attend(q, k, v), rtol=2e-2, atol=2e-2)
 
 
 def test_a_cuda_graph_of_a_replayed_call() -> None:

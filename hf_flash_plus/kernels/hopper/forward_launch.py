@@ -8,6 +8,7 @@ descriptors, allocates its outputs and launches. Later calls that differ from it
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -194,8 +195,25 @@ def _counter(device: torch.device) -> Tensor:
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     counter = _counters.get(key)
     if counter is None:
-        counter = _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
+        counter = _counters[key] = _lasting_zeros(device)
     return counter
+
+
+def _lasting_zeros(device: torch.device) -> Tensor:
+    """Two zeros that may outlive any call, made in a thread of its own and there when this returns.
+
+    While torch warms up compiled code that is to become CUDA graphs (``mode="reduce-overhead"``), all that its thread
+    allocates lies in the graphs' memory: what stayed there would be an error, or be overwritten.
+    """
+
+    def make() -> Tensor:
+        with torch.cuda.device(device):
+            zeros = torch.zeros(2, dtype=torch.int32, device=device)
+            torch.cuda.current_stream().synchronize()
+        return zeros
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(make).result()
 
 
 #: Tiles that are listed at a time, and summaries of earlier batch elements that are asked (``intervals.list_tiles``).

@@ -3,11 +3,13 @@ stay asynchronous. A representative set runs by default; ``HF_FLASH_PLUS_AOT=ful
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -287,3 +289,19 @@ def test_what_is_declined() -> None:
     for words, inputs in declined.items():
         reason = forward_launch.forward_reason(inputs)
         assert reason is not None and reason.startswith(words), (words, reason)
+
+
+def test_what_outlives_a_call_is_not_made_in_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose allocations may be meant for CUDA graphs; it is there for the caller's stream, once for each."""
+    done: list[Any] = []
+    monkeypatch.setattr(forward_launch, "_counters", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    stream = SimpleNamespace(synchronize=lambda: done.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: done.append(threading.get_ident()) or done)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    device = torch.device("cuda", 0)
+    assert forward_launch._counter(device) is forward_launch._counter(device)
+    maker, waited = done
+    assert maker != threading.get_ident() and waited == "waited"

@@ -200,17 +200,16 @@ def _counter(device: torch.device) -> Tensor:
 
 
 def _lasting_zeros(device: torch.device) -> Tensor:
-    """Two zeros that may outlive any call, made in a thread of its own and there when this returns.
+    """Two zeros that may outlive any call, made on the current stream, but in a thread of their own.
 
     While torch warms up compiled code that is to become CUDA graphs (``mode="reduce-overhead"``), all that its thread
     allocates lies in the graphs' memory: what stayed there would be an error, or be overwritten.
     """
+    stream = torch.cuda.current_stream(device)
 
     def make() -> Tensor:
-        with torch.cuda.device(device):
-            zeros = torch.zeros(2, dtype=torch.int32, device=device)
-            torch.cuda.current_stream().synchronize()
-        return zeros
+        with torch.cuda.stream(stream):
+            return torch.zeros(2, dtype=torch.int32, device=device)
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(make).result()

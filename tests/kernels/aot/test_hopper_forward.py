@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -296,12 +297,17 @@ def test_what_outlives_a_call_is_not_made_in_its_thread(monkeypatch: pytest.Monk
     done: list[Any] = []
     monkeypatch.setattr(forward_launch, "_counters", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    stream = SimpleNamespace(synchronize=lambda: done.append("waited"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's")
+
+    @contextlib.contextmanager
+    def stream(which: str) -> Iterator[None]:
+        done.append(which)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch, "zeros", lambda *size, **options: done.append(threading.get_ident()) or done)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
     device = torch.device("cuda", 0)
     assert forward_launch._counter(device) is forward_launch._counter(device)
-    maker, waited = done
-    assert maker != threading.get_ident() and waited == "waited"
+    on, maker = done
+    assert maker != threading.get_ident() and on == "the caller's"

@@ -40,7 +40,8 @@ class _Kept:
         return _Kept, (-1,)
 
 
-def _capturing(tensor: Tensor) -> bool:
+def capturing(tensor: Tensor) -> bool:
+    """Whether a call with this tensor is captured into a CUDA graph: what is remembered from before is not in it."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -52,7 +53,7 @@ def share(intervals: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or type(intervals) is not Tensor:
         return intervals
-    if not intervals.is_inference() and not _capturing(intervals):
+    if not intervals.is_inference() and not capturing(intervals):
         setattr(intervals, _ATTRIBUTE, _Kept(intervals._version))
     return intervals
 
@@ -65,7 +66,7 @@ def shared(intervals: Tensor) -> dict[Hashable, Any] | None:
     what was computed before does not go.
     """
     kept: _Kept | None = getattr(intervals, _ATTRIBUTE, None)
-    if kept is None or intervals._version != kept.version or _capturing(intervals):
+    if kept is None or intervals._version != kept.version or capturing(intervals):
         return None
     stream = torch._C._cuda_getCurrentRawStream(intervals.device.index) if intervals.is_cuda else 0
     found = kept.by_stream.get(stream)

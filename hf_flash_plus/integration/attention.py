@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops, settings
 from ..inputs import AttentionInputs, describe, validate
-from ..interval_cache import share
+from ..interval_cache import capturing, share
 from ..masks import (
     AttentionMask,
     document_intervals,
@@ -292,7 +292,7 @@ def _packed(mask: AttentionMask, query: Tensor, key: Tensor, kwargs: dict[str, A
     memo_key: tuple[object, ...] = (mask.causal, mask.window, query.shape[2], carrier.version(cu_q))
     memo = None
     if not torch.compiler.is_compiling():
-        memo_key += (carrier.capturing(cu_q),)
+        memo_key += (capturing(cu_q),)
         memo = getattr(cu_q, _MEMO, None)
     if memo is not None and memo[0] == memo_key:
         result: AttentionMask = memo[1]

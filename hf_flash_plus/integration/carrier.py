@@ -103,11 +103,6 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def capturing(tensor: Tensor) -> bool:
-    """Whether a call with this tensor is captured into a CUDA graph: what is remembered from before is not in it."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def is_carrier(attention_mask: Tensor) -> bool:
     """Whether a mask that reached an attention call is one of ours (no other kind is 4-D int32)."""
     return attention_mask.dtype == torch.int32 and attention_mask.dim() == 4

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import kvcache, ops
 from ..inputs import AttentionInputs, validate
+from ..interval_cache import capturing
 from ..masks import AttentionMask, PackedSequences, varlen_mask
 from ..providers import PROVIDERS
 from . import carrier
@@ -146,7 +147,7 @@ def _mask(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, causal: bool, 
     capture is not part of the graph, and must not serve in it.
     """
     versions = carrier.version(cu_q), carrier.version(cu_k)
-    key = (*versions, total_q, total_k, causal, window, carrier.capturing(cu_q))
+    key = (*versions, total_q, total_k, causal, window, capturing(cu_q))
     compiling = torch.compiler.is_compiling()
     known: list[tuple[tuple[object, ...], Tensor, AttentionMask]] = [] if compiling else getattr(cu_q, _MEMO, [])
     for made_for, lengths, mask in known:

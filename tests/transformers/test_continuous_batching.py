@@ -110,7 +110,7 @@ def test_a_mask_made_before_a_capture_is_not_in_it(monkeypatch: pytest.MonkeyPat
     """A graph must make the mask anew at each replay; its other layers share what its first one makes."""
     cu = torch.tensor([0, 2, 5], dtype=torch.int32)
     before = continuous._mask(cu, cu, 5, 5, True, None)
-    monkeypatch.setattr("hf_flash_plus.integration.carrier.capturing", lambda _tensor: True)
+    monkeypatch.setattr("hf_flash_plus.integration.continuous.capturing", lambda _tensor: True)
     inside = continuous._mask(cu, cu, 5, 5, True, None)
     assert inside is not before and continuous._mask(cu, cu, 5, 5, True, None) is inside
     continuous._forget_masks(cu)  # as the first layer does

@@ -86,7 +86,7 @@ def test_nothing_is_kept_or_found_while_a_graph_is_captured(monkeypatch: pytest.
     for capturing in (False, True, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         assert (shared(intervals) is None) == capturing
-    monkeypatch.setattr(interval_cache, "_capturing", lambda tensor: True)
+    monkeypatch.setattr(interval_cache, "capturing", lambda tensor: True)
     captured = share(made())
     monkeypatch.undo()
     assert shared(captured) is None, "replays write it anew"

@@ -43,13 +43,16 @@ __all__ = [
 ]
 
 if _util.find_spec("transformers") is not None:
+    from .integration.fused_rotary import FusedRotary, fuse_rotary
     from .integration.patch import PatchReport, patch_model, patched, unpatch_model
     from .integration.registration import is_registered, register, unregister
     from .integration.skip_padding import SkippedPadding, skip_padding
 
     __all__ += [
+        "FusedRotary",
         "PatchReport",
         "SkippedPadding",
+        "fuse_rotary",
         "is_registered",
         "patch_model",
         "patched",

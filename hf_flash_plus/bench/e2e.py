@@ -22,6 +22,9 @@ KINDS_OF_WORK = ("train", "generate", "continuous")
 #: Configuration and class of the models, by the ``type`` of a benchmark's ``model``; the first where there is none.
 MODELS = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "bert": ("BertConfig", "BertForSequenceClassification")}
 
+#: Functions of the package that an entry of ``peers`` may ask to be applied to its model.
+EXTRAS = ("skip_padding", "fuse_rotary")
+
 
 class Peer(NamedTuple):
     """One implementation and its model; every model has the same weights."""
@@ -51,10 +54,9 @@ def run_e2e(
         progress(f"{name}: building the model")
         try:
             model = _build(config, options.get("implementation", name), options.get("preimport"), device)
-            if options.get("skip_padding"):
-                import hf_flash_plus
-
-                hf_flash_plus.skip_padding(model)
+            for extra in EXTRAS:
+                if options.get(extra):
+                    getattr(importlib.import_module("hf_flash_plus"), extra)(model)
         except Exception as error:  # an implementation's failure is a result
             rows += [_row(work, name, "error", _short(error)) for work in config.works if _wants(work, name)]
             save(rows)

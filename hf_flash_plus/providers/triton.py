@@ -56,6 +56,11 @@ def _accelerator() -> bool:
     return torch.cuda.is_available()
 
 
+@cache
+def _new_enough(device: int) -> bool:
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 class TritonProvider(Provider):
     name = "triton"
     summary = "our Triton kernels: every feature, forward and backward, NVIDIA and AMD; faster ones on Hopper"
@@ -69,6 +74,14 @@ class TritonProvider(Provider):
         if error is None and not (_accelerator() or _interpreting()):
             return "needs a CUDA or ROCm device, none is visible (TRITON_INTERPRET=1 runs it slowly on the CPU)"
         return error or (None if _interpreting() else missing_tool())
+
+    def runs_on(self, tensor: Tensor) -> bool:
+        """Whether kernels can be launched on a tensor as things are: its device is the current one and new enough, or
+        the interpreter's (which rounds to bfloat16 by cutting bits off)."""
+        device = tensor.device
+        if device.type == "cuda":
+            return device.index == torch.cuda.current_device() and _new_enough(device.index)
+        return device.type == "cpu" and _interpreting() and tensor.dtype != torch.bfloat16
 
     def version(self) -> str | None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

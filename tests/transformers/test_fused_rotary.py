@@ -1,0 +1,259 @@
+"""``fuse_rotary``: which models, the same numbers, nobody else's models, and undone without a trace.
+
+The kernel is replaced by torch's operations here (``tests/kernels/interpreter`` and ``tests/gpu`` run it): these tests
+are about who is served by it.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from transformers.models.llama import modeling_llama
+
+import hf_flash_plus
+from hf_flash_plus import fuse_rotary, rotary
+from hf_flash_plus.integration import fused_rotary
+
+SIZES = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+)  # fmt: skip
+#: Model type, more of its configuration, and how often its layers rotate in a forward.
+MODELS = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 8},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "cohere": {},
+    "glm": {"head_dim": 8},
+    "olmo2": {},
+    "helium": {"head_dim": 8},
+    "modernbert": {"layer_types": ["full_attention", "sliding_attention"]},
+}
+
+
+def build(kind: str = "llama", implementation: str = "flash_plus", **more: Any) -> Any:
+    torch.manual_seed(0)
+    config = tf.AutoConfig.for_model(kind, **{**SIZES, **MODELS[kind], **more})
+    return tf.AutoModel.from_config(config, attn_implementation=implementation)
+
+
+def ids(length: int = 7) -> torch.Tensor:
+    return torch.randint(2, 97, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[rotary.Form]:
+    """As on a GPU: the forms of the calls that our kernel got."""
+    calls: list[rotary.Form] = []
+
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, form: rotary.Form) -> Any:
+        calls.append(form)
+        return rotary.reference(q, cos, sin, form), rotary.reference(k, cos, sin, form)
+
+    monkeypatch.setattr(rotary, "rotate", rotate)
+    monkeypatch.setattr(fused_rotary._TRITON, "runs_on", lambda tensor: True)
+    monkeypatch.setattr(fused_rotary._TRITON, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(fused_rotary, "_memo", None)
+    return calls
+
+
+def step(model: Any) -> list[torch.Tensor]:
+    model.zero_grad()
+    hidden = model(ids()).last_hidden_state
+    hidden.square().sum().backward()
+    return [hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_layer_is_served_and_nothing_changes(kind: str, served: list[rotary.Form]) -> None:
+    model = build(kind)
+    want = step(model)
+    assert not served
+    with fuse_rotary(model) as handle:
+        found = step(model)
+        assert len(handle.fused) == len(served) == 2 and not handle.left
+    assert len(want) == len(found) and all(torch.equal(a, b) for a, b in zip(want, found))
+    step(model)
+    assert len(served) == 2
+
+
+def test_other_models_of_the_class_are_left_alone(served: list[rotary.Form]) -> None:
+    mine, other = build(), build(implementation="sdpa")
+    with fuse_rotary(mine):
+        other(ids())
+        assert not served
+        mine(ids())
+        assert len(served) == 2
+
+
+def test_handles_are_undone_in_any_order(served: list[rotary.Form]) -> None:
+    original = modeling_llama.apply_rotary_pos_emb
+    one, two = build(), build()
+    handles = fuse_rotary(one), fuse_rotary(two)
+    assert modeling_llama.apply_rotary_pos_emb is not original
+    handles[0].remove()
+    handles[0].remove()
+    one(ids())
+    assert not served
+    two(ids())
+    assert len(served) == 2
+    handles[1].remove()
+    assert modeling_llama.apply_rotary_pos_emb is original and not fused_rotary._Replaced._all
+    assert not two.rotary_emb._forward_hooks
+
+
+def test_an_interruption_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, model = modeling_llama.apply_rotary_pos_emb, build()
+
+    def interrupted(hook: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.rotary_emb, "register_forward_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fuse_rotary(model)
+    assert modeling_llama.apply_rotary_pos_emb is original and not fused_rotary._Replaced._all
+
+
+def test_a_function_that_somebody_else_replaced_is_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = fuse_rotary(build())
+    theirs = lambda *args: None  # noqa: E731
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", theirs)
+    handle.remove()
+    assert modeling_llama.apply_rotary_pos_emb is theirs
+    monkeypatch.undo()
+    modeling_llama.apply_rotary_pos_emb = fused_rotary._original(modeling_llama.apply_rotary_pos_emb)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_fused_too(copied: Callable[[Any], Any], served: list[rotary.Form]) -> None:
+    model = build()
+    with fuse_rotary(model):
+        other = copied(model)
+        other(ids())
+        assert len(served) == 2
+    other(ids())
+    assert len(served) == 2
+
+
+def test_generation(served: list[rotary.Form]) -> None:
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**SIZES)
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="flash_plus").eval()
+    options = dict(max_new_tokens=5, do_sample=False)
+    want = model.generate(ids(), **options)
+    with fuse_rotary(model):
+        assert torch.equal(model.generate(ids(), **options), want)
+    assert len(served) == 2 * 5
+
+
+def test_recomputed_layers_are_served(served: list[rotary.Form]) -> None:
+    model = build().train()
+    model.gradient_checkpointing_enable()
+    with fuse_rotary(model):
+        step(model)
+    assert len(served) == 2 * 2
+
+
+def test_compiled_code_keeps_the_models_function(served: list[rotary.Form]) -> None:
+    model = build().eval()
+    with torch.no_grad(), fuse_rotary(model):
+        want = model(ids()).last_hidden_state
+        assert len(served) == 2
+        found = torch.compile(model, fullgraph=True, backend="eager")(ids()).last_hidden_state
+        assert len(served) == 2
+    torch.testing.assert_close(found, want)
+
+
+def test_the_settings_path_decides_at_call_time(served: list[rotary.Form], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    with fuse_rotary(model):
+        monkeypatch.setenv("FLASH_ATTENTION_USE_FLAGGEMS", "FALSE")
+        model(ids())
+        assert not served
+        monkeypatch.setenv("FLASH_ATTENTION_USE_FLAGGEMS", "TRUE")
+        model(ids())
+        assert len(served) == 2
+
+
+def test_transforms_keep_the_models_function(served: list[rotary.Form]) -> None:
+    model = build(implementation="eager")
+    with fuse_rotary(model):
+        embeddings = torch.randn(3, 1, 7, 32)
+        torch.func.vmap(lambda x: model(inputs_embeds=x, use_cache=False).last_hidden_state)(embeddings)
+    assert not served
+
+
+def test_a_cpu_without_the_interpreter_keeps_the_models_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotary, "rotate", lambda *args: pytest.fail("the kernel was launched"))
+    model = build()
+    with fuse_rotary(model):
+        model(ids())
+
+
+@pytest.mark.parametrize(("heads", "kernel"), [(1, True), (2, True), (-2, False)])
+def test_the_dimension_of_heads(heads: int, kernel: bool, served: list[rotary.Form]) -> None:
+    q, k, cos, sin = torch.randn(2, 7, 7, 8), torch.randn(2, 7, 7, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 8)
+    want = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=heads)
+    model = build()
+    with fuse_rotary(model):
+        fused_rotary._mark(model, (), (cos, sin))
+        found = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=heads)
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+    assert bool(served) is kernel
+
+
+def test_arguments_that_the_function_does_not_take_stay_an_error(served: list[rotary.Form]) -> None:
+    model, x, cos = build(), torch.randn(2, 3, 7, 8), torch.randn(2, 7, 8)
+    with fuse_rotary(model):
+        fused_rotary._mark(model, (), (cos, cos))
+        with pytest.raises(TypeError, match="offset"):
+            modeling_llama.apply_rotary_pos_emb(x, x, cos, cos, offset=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: tf.AutoModel.from_config(tf.BertConfig(**{**SIZES, "num_hidden_layers": 1})), "no module in it calls"),
+        (lambda: torch.nn.Linear(2, 2), "no module in it calls"),
+        (
+            lambda: tf.AutoModel.from_config(tf.GPTJConfig(vocab_size=9, n_embd=8, n_layer=1, n_head=1, rotary_dim=4)),
+            "no rotary embedding module|computes something",
+        ),
+    ],
+)
+def test_nothing_to_fuse_is_an_error_that_says_why(model: Callable[[], Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"fuse_rotary found nothing to fuse in \w+: .*({reason})"):
+        fuse_rotary(model())
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
+        fuse_rotary("llama")
+
+
+def test_what_is_left_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    other = build("qwen2")
+    both = torch.nn.ModuleDict({"one": model, "two": other})
+    namespace = fused_rotary._namespace(other.layers[0].self_attn)
+    assert namespace is not None
+
+    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        return q * 2, k
+
+    monkeypatch.setitem(namespace, "apply_rotary_pos_emb", apply_rotary_pos_emb)
+    with fuse_rotary(both) as handle:
+        assert handle.fused == ["one.layers.0.self_attn", "one.layers.1.self_attn"]
+        assert [name for name, _ in handle.left] == ["two.layers.0.self_attn", "two.layers.1.self_attn"]
+        assert str(handle).splitlines()[0] == "fused the rotary embedding of 2 attention modules"
+        assert "left two.layers.0.self_attn: " in str(handle)
+
+
+def test_public() -> None:
+    assert {"fuse_rotary", "FusedRotary"} <= set(hf_flash_plus.__all__)

@@ -1,0 +1,138 @@
+"""Rotary embeddings: telling forms of models' functions apart, and which calls the kernel gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_flash_plus import rotary
+from hf_flash_plus.rotary import FORMS, Form
+
+
+def halves(x: Tensor) -> Tensor:
+    return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
+
+
+def pairs(x: Tensor) -> Tensor:
+    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).reshape(x.shape)
+
+
+def neox(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return (q * cos) + (halves(q) * sin), (k * cos) + (halves(k) * sin)
+
+
+def in_float32(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin, dtype = cos.unsqueeze(1), sin.unsqueeze(1), q.dtype
+    q, k = q.float(), k.float()
+    return ((q * cos) + (pairs(q) * sin)).to(dtype), ((k * cos) + (pairs(k) * sin)).to(dtype)
+
+
+def partial(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    n = cos.shape[-1]
+    turned = neox(q[..., :n], k[..., :n], cos, sin)
+    return torch.cat((turned[0], q[..., n:]), -1), torch.cat((turned[1], k[..., n:]), -1)
+
+
+def test_functions_are_told_by_what_they_compute() -> None:
+    assert rotary.find_form(neox) == Form()
+    assert rotary.find_form(partial) == Form(partial=True)
+    assert rotary.find_form(in_float32) == Form(interleaved=True, upcast=True, cast=True, one_gradient=True)
+
+
+def scaled(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return neox(q * (1 + 2**-12), k, cos, sin)
+
+
+def keys_left(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return neox(q, k, cos, sin)[0], k
+
+
+def other_sign(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return neox(q, k, cos, -sin)
+
+
+def no_gradient(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return neox(q + (q.detach() - q), k, cos, sin)
+
+
+def fails(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("function", [scaled, keys_left, other_sign, no_gradient, fails], ids=lambda f: f.__name__)
+def test_what_computes_something_else_has_no_form(function: Any) -> None:
+    assert rotary.find_form(function) is None
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "".join(str(int(x)) for x in form))
+def test_every_form_is_told_from_the_others(form: Form) -> None:
+    assert rotary.find_form(rotary._by(form)) == form
+
+
+def test_forms_are_found_in_inference_mode_too() -> None:
+    with torch.inference_mode():
+        assert rotary.find_form(neox) == Form()
+
+
+def call(**changes: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = dict(
+        q=torch.zeros(2, 3, 5, 8), k=torch.zeros(2, 1, 5, 8), cos=torch.zeros(2, 5, 8), sin=torch.zeros(2, 5, 8)
+    )
+    tensors.update({name: change(tensors[name]) for name, change in changes.items()})
+    return tuple(tensors.values())
+
+
+PARTIAL, CAST, UPCAST = Form(partial=True), Form(cast=True), Form(upcast=True, cast=True)
+half, bf16 = Tensor.half, Tensor.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("form", "changes"),
+    [
+        (Form(), {}),
+        (Form(), dict.fromkeys(("q", "k", "cos", "sin"), half)),
+        (Form(), dict.fromkeys(("cos", "sin"), lambda x: x[:1])),
+        (PARTIAL, dict.fromkeys(("cos", "sin"), lambda x: x[..., :6])),
+        (CAST, dict.fromkeys(("q", "k"), bf16)),
+        (UPCAST, dict.fromkeys(("cos", "sin"), bf16)),
+        (Form(), {"q": lambda x: x.requires_grad_()}),
+        (Form(), {"q": lambda x: torch.zeros(2, 5, 3, 8).transpose(1, 2)}),
+    ],
+)
+def test_served(form: Form, changes: dict[str, Any]) -> None:
+    assert rotary.serves(*call(**changes), form)
+
+
+@pytest.mark.parametrize(
+    ("form", "changes"),
+    [
+        (Form(), dict.fromkeys(("q", "k"), half)),  # promotes to float32, which the kernel does not return
+        (Form(), dict.fromkeys(("cos", "sin"), lambda x: x[..., :6])),
+        (Form(), {"k": half}),
+        (Form(), {"sin": half}),
+        (CAST, dict.fromkeys(("q", "k"), bf16) | dict.fromkeys(("cos", "sin"), half)),
+        (UPCAST, dict.fromkeys(("q", "k"), Tensor.double)),
+        (UPCAST, dict.fromkeys(("cos", "sin"), Tensor.double)),
+        (Form(), dict.fromkeys(("q", "k", "cos", "sin"), Tensor.double)),
+        (PARTIAL, dict.fromkeys(("cos", "sin"), lambda x: torch.zeros(2, 5, 10))),
+        (PARTIAL, dict.fromkeys(("cos", "sin"), lambda x: x[..., :5])),
+        (PARTIAL, dict.fromkeys(("cos", "sin"), lambda x: x[..., :0])),
+        (Form(), {"cos": lambda x: x.requires_grad_()}),
+        (Form(), {"cos": lambda x: x[:, :4]}),
+        (Form(), dict.fromkeys(("cos", "sin"), lambda x: x[:, :1])),
+        (Form(), dict.fromkeys(("cos", "sin"), lambda x: torch.zeros(3, 5, 8))),
+        (Form(), dict.fromkeys(("cos", "sin"), lambda x: x[0])),
+        (Form(), {"k": lambda x: x[:, :, :4]}),
+        (Form(), {"k": lambda x: torch.zeros(2, 1, 5, 4)}),
+        (Form(), {"k": lambda x: x[:, :0]}),
+        (Form(), {"q": lambda x: torch.zeros(2, 3, 8, 5).transpose(2, 3)}),
+        (Form(), {"q": torch.nn.Parameter}),
+        (Form(), {"q": lambda x: x.to("meta")}),
+    ],
+)
+def test_left_to_the_model(form: Form, changes: dict[str, Any]) -> None:
+    assert not rotary.serves(*call(**changes), form)

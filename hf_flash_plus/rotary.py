@@ -208,5 +208,5 @@ class _Rotate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        grads = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_grad, k_grad))
-        return (*_launch(*grads, cos, sin, ctx.form, backward=True), None, None, None)
+        q_grad, k_grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_grad, k_grad))
+        return (*_launch(q_grad, k_grad, cos, sin, ctx.form, backward=True), None, None, None)

@@ -224,11 +224,9 @@ def _dispatcher(original: Callable[..., Any], form: rotary.Form) -> Callable[...
     def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not hasattr(cos, _MARK) or args:
             return original(q, k, cos, sin, *args, **kwargs)
-        heads = 1
-        if kwargs:
-            heads = kwargs.get("unsqueeze_dim")
-            if not takes_heads or len(kwargs) != 1 or heads not in (1, 2):
-                return original(q, k, cos, sin, **kwargs)
+        heads: Any = kwargs.get("unsqueeze_dim", 1)
+        if kwargs and (not takes_heads or len(kwargs) != 1 or heads not in (1, 2)):
+            return original(q, k, cos, sin, **kwargs)
         if heads == 2:  # (batch, seqlen, heads, head_dim)
             rotated = (
                 _rotated(q.transpose(1, 2), k.transpose(1, 2), cos, sin, form) if q.dim() == k.dim() == 4 else None

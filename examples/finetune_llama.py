@@ -39,6 +39,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, LlamaConfig
 
+import hf_flash_plus
+
 
 @dataclasses.dataclass
 class LlamaArguments:
@@ -53,6 +55,9 @@ class LlamaArguments:
     seq_length: int = dataclasses.field(default=512, metadata={"help": "tokens per row, and per document"})
     packing: Literal["packed", "padding_free", "padded"] = dataclasses.field(
         default="packed", metadata={"help": "what a batch is (see above)"}
+    )
+    fuse_rotary: bool = dataclasses.field(
+        default=False, metadata={"help": "rotary embeddings by one launch a layer (hf_flash_plus.fuse_rotary)"}
     )
     max_eval_rows: int = dataclasses.field(default=64, metadata={"help": "rows evaluated; 0: all held-out text"})
     lora_rank: int = dataclasses.field(default=0, metadata={"help": "train LoRA adapters of this rank (needs peft)"})
@@ -183,6 +188,8 @@ def make_model(accelerator, args: TrainArguments, sizes: LlamaArguments, tokeniz
         model = AutoModelForCausalLM.from_pretrained(
             path, attn_implementation=args.attn_implementation, dtype=torch.float32, **parallel
         )
+    if sizes.fuse_rotary:
+        hf_flash_plus.fuse_rotary(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if sizes.lora_rank:

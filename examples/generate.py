@@ -52,6 +52,9 @@ class GenerateArguments:
     attn_implementation: str = dataclasses.field(
         default="flash_plus", metadata={"help": "flash_plus, sdpa, eager, flash_attention_2, ...: the A/B switch"}
     )
+    fuse_rotary: bool = dataclasses.field(
+        default=False, metadata={"help": "rotary embeddings by one launch a layer (hf_flash_plus.fuse_rotary)"}
+    )
     batch_size: int = dataclasses.field(default=8, metadata={"help": "prompts per batch (mode batch)"})
     max_new_tokens: int = dataclasses.field(default=64, metadata={"help": "tokens to generate for each prompt"})
     temperature: float = dataclasses.field(default=0.0, metadata={"help": "0: greedy"})
@@ -109,6 +112,8 @@ def load(args: GenerateArguments, device: torch.device) -> tuple[Any, PreTrained
             pad_token_id=tokenizer.pad_token_id,
         )
         model = AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation, dtype=dtype)
+    if args.fuse_rotary:
+        hf_flash_plus.fuse_rotary(model)
     tokenizer.padding_side = "left"
     return model.to(device).eval(), tokenizer
 

@@ -147,7 +147,6 @@ def serves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form) -> bool:
         return False
     batch, _, seqlen, head_dim = q.shape
     rotary_dim = cos.shape[2]
-    dtype, table = q.dtype, cos.dtype
     return (
         k.shape[0] == batch
         and k.shape[2:] == q.shape[2:]
@@ -158,10 +157,8 @@ def serves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form) -> bool:
         and rotary_dim % 2 == 0
         and 0 not in (rotary_dim, q.numel(), k.numel())
         and q.stride(3) == k.stride(3) == cos.stride(2) == sin.stride(2) == 1
-        and k.dtype == dtype in _DTYPES
-        and sin.dtype == table in _DTYPES
-        # Half precision of two kinds promotes to float32, unlike anything that the kernel rounds to.
-        and (table == dtype or (form.cast and (form.upcast or torch.float32 in (table, dtype))))
+        and k.dtype == q.dtype in _DTYPES
+        and sin.dtype == cos.dtype in _DTYPES
         and q.device == k.device == cos.device == sin.device
         and not cos.requires_grad
         and not sin.requires_grad
@@ -178,35 +175,43 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form) -> tuple[
         form: how.
 
     Returns:
-        New tensors of the shapes and the dtype of ``q`` and ``k``. Only for calls that :func:`serves` names.
+        New tensors of the shapes of ``q`` and ``k``; of their dtype with ``form.cast`` and where the tables have it,
+        otherwise float32, as torch promotes. Only for calls that :func:`serves` names.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         result: tuple[Tensor, Tensor] = _Rotate.apply(q, k, cos, sin, form)
         return result
-    return _launch(q, k, cos, sin, form, backward=False)
+    return _forward(q, k, cos, sin, form)
 
 
-def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form, backward: bool) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    in_half = not form.upcast and cos.dtype == q.dtype
+    # Products of float32 numbers are rounded as they are.
+    return _launch(q, k, cos, sin, form, q.dtype if form.cast or in_half else torch.float32, in_half, backward=False)
+
+
+def _launch(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form, dtype: torch.dtype, rounded: bool, backward: bool
+) -> tuple[Tensor, Tensor]:
     from .kernels import rotary, tiles
 
-    in_half = not form.upcast and cos.dtype == q.dtype  # float32 products of float32 numbers are rounded as they are
-    rounded = in_half if not backward else not form.one_gradient
     rotation = rotary.Rotation(
         tiles.device_info(q.device), q.shape[3], cos.shape[2], form.interleaved, form.half_table, rounded, backward
     )
-    return rotary.rotate(q, k, cos, sin, rotation)
+    return rotary.rotate(q, k, cos, sin, rotation, dtype)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        ctx.form = form
-        return _launch(q, k, cos, sin, form, backward=False)
+        ctx.form, ctx.dtype = form, q.dtype
+        return _forward(q, k, cos, sin, form)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         q_grad, k_grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_grad, k_grad))
-        return (*_launch(q_grad, k_grad, cos, sin, ctx.form, backward=True), None, None, None)
+        rounded = not ctx.form.one_gradient
+        return (*_launch(q_grad, k_grad, cos, sin, ctx.form, ctx.dtype, rounded, backward=True), None, None, None)

@@ -225,7 +225,7 @@ def _dispatcher(original: Callable[..., Any], form: rotary.Form) -> Callable[...
         if torch.compiler.is_compiling() or not hasattr(cos, _MARK) or args:
             return original(q, k, cos, sin, *args, **kwargs)
         heads: Any = kwargs.get("unsqueeze_dim", 1)
-        if kwargs and (not takes_heads or len(kwargs) != 1 or heads not in (1, 2)):
+        if kwargs and (not takes_heads or kwargs.keys() != {"unsqueeze_dim"} or heads not in (1, 2)):
             return original(q, k, cos, sin, **kwargs)
         if heads == 2:  # (batch, seqlen, heads, head_dim)
             rotated = (

@@ -78,7 +78,7 @@ def _rotate_heads(
     a_own, a_other = a * cos_first[None, :], b * from_second[None, :]
     b_own, b_other = b * cos_second[None, :], a * from_first[None, :]
     if ROUNDED:
-        DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+        DTYPE: tl.constexpr = out_ptr.dtype.element_ty
         a_own, a_other = _rounded(a_own, DTYPE), _rounded(a_other, DTYPE)
         b_own, b_other = _rounded(b_own, DTYPE), _rounded(b_other, DTYPE)
     tl.store(out_rows + first[None, :], (a_own + a_other).to(out_ptr.dtype.element_ty), mask=ok)
@@ -155,7 +155,7 @@ class Rotation(NamedTuple):
         head_dim, rotary_dim: columns of a head, and how many of them, from the first on, are rotated.
         interleaved: pairs are columns (0, 1), (2, 3), ...; otherwise (0, rotary_dim / 2), (1, rotary_dim / 2 + 1), ...
         half_table: pair i has the angle of column i of the tables; otherwise each column has its own.
-        rounded: products are rounded to the dtype of what is rotated before they are added.
+        rounded: products are rounded to the dtype of the result before they are added.
         backward: multiplies with the transposed matrix.
     """
 
@@ -195,7 +195,7 @@ def rotary_launch(
 
     Args:
         q, k, q_out, k_out: ``(batch, nheads or nheads_k, seqlen, head_dim)``, any strides but a contiguous last
-            dimension; not empty.
+            dimension; not empty. q and k have one dtype, q_out and k_out have one.
         cos, sin: ``(batch or 1, seqlen, rotary_dim)``, the last dimension contiguous.
     """
     plan = _plan(rotation)
@@ -208,14 +208,16 @@ def rotary_launch(
     )
     strides = (*q.stride()[:3], *k.stride()[:3], *tables, *q_out.stride()[:3], *k_out.stride()[:3])
     index = q.device.index
-    key = (0 if index is None else index, *strides, q.dtype, cos.dtype)
+    key = (0 if index is None else index, *strides, q.dtype, cos.dtype, q_out.dtype)
     n_programs = batch * seqlen * (_cdiv(nheads, block_h) + _cdiv(nheads_k, block_h))
     return Launch(plan, n_programs, (*tensors, *strides, seqlen, nheads, nheads_k), len(tensors), key)
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-    """``q`` and ``k`` rotated (shapes as in :func:`rotary_launch`), in new tensors of their dtype and, where they have
-    no gaps, their strides."""
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``q`` and ``k`` rotated (shapes as in :func:`rotary_launch`), in new tensors of a dtype and, where they have no
+    gaps, of their strides."""
+    q_out, k_out = torch.empty_like(q, dtype=dtype), torch.empty_like(k, dtype=dtype)
     rotary_launch(rotation, q, k, cos, sin, q_out, k_out).run()
     return q_out, k_out

@@ -99,6 +99,17 @@ def test_llama_equals_eager_on_packed_rows(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_llama_with_fused_rotary_embeddings_trains_the_same(tmp_path, monkeypatch):
+    handles = []
+    fuse_rotary = hf_flash_plus.fuse_rotary
+    monkeypatch.setattr(hf_flash_plus, "fuse_rotary", lambda model: handles.append(fuse_rotary(model)))
+    plain = run(finetune_llama, TINY_LLAMA, tmp_path / "plain", steps=3)
+    fused = run(finetune_llama, [*TINY_LLAMA, "--fuse_rotary"], tmp_path / "fused", steps=3)
+    assert len(handles) == 1 and len(handles[0].fused) == 1
+    handles[0].remove()
+    assert fused["losses"] == plain["losses"]
+
+
 def documents_of_one_length(path: Path, count: int, length: int) -> Path:
     """A corpus of texts of different letters but ``length`` bytes each."""
     texts = [(chr(97 + i % 26) + "ab cd ef gh "[i % 12 :]) * length for i in range(count)]

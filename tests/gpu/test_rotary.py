@@ -41,12 +41,14 @@ def check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 
-@pytest.mark.parametrize("dtypes", [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP16, FP32)], ids=names)
+@pytest.mark.parametrize(
+    "dtypes",
+    [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP16, FP32), (FP32, BF16), (BF16, FP16)],
+    ids=names,
+)
 @pytest.mark.parametrize("form", FORMS, ids=names)
 def test_forms(form: Form, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     dtype, table = dtypes
-    if dtype != table and not form.cast:
-        pytest.skip("promotes: the model's own function serves")
     torch.manual_seed(0)
     for heads, seqlen, head_dim, width in ((32, 129, 128, 128), (5, 33, 96, 24)):
         if width < head_dim and not form.partial:

@@ -428,6 +428,21 @@ def test_e2e_run(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "tiny.json").read_text())["rows"] == found["rows"]
 
 
+def test_e2e_peers_get_what_their_entries_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    import hf_flash_plus
+
+    handles = []
+    fuse_rotary = hf_flash_plus.fuse_rotary
+    monkeypatch.setattr(hf_flash_plus, "fuse_rotary", lambda model: handles.append(fuse_rotary(model)))
+    peers = ["sdpa", {"name": "fused", "implementation": "flash_plus", "fuse_rotary": True}]
+    works = [{"kind": "generate", "batch": 1, "seqlen": 4, "new_tokens": 2}]
+    found = run(configuration.parse({**E2E, "peers": peers, "works": works}), CPU, tmp_path, ignore)
+    assert [(row["peer"], row["status"]) for row in found["rows"]] == [("sdpa", "ok"), ("fused", "ok")]
+    assert len(handles) == 1 and handles[0].fused
+    handles[0].remove()
+
+
 def test_e2e_run_of_an_encoder(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("triton")
 
 from hf_flash_plus.kernels import rotary, tiles
 
-from .compiling import TARGETS, compile_launch, compiling_for
+from .compiling import TARGETS, compile_launch, compiling_for, warm_up
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -33,3 +34,5 @@ def test_compiles(arch: str, dims: tuple[int, int], interleaved: bool) -> None:
             )
             built = rotary.rotary_launch(rotation, q, k, cos, sin, q_out, k_out)
             assert compile_launch(built).spilled == 0
+            asm = warm_up(built).asm  # a fused product and sum is rounded once: other bits than torch's
+            assert not re.search(r"fma\.rn\.(ftz\.)?f32|v_(pk_)?f?m(a|ac)_f32", asm.get("ptx") or asm["amdgcn"])

@@ -131,6 +131,9 @@ class BenchConfig:
         limits: per peer, the values of case fields it is measured on: ``{flex: {seqlen: [4096]}}``.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         budget_s: seconds of measuring per case and direction, shared by the peers.
+        layers: how decoding cases are timed by ``kernels``. 1: each call alone, the cache flushed before. More: the
+            calls of so many layers in a row, each with its own cache, from one CUDA graph (``chain.py``); ``auto``
+            chooses the number for each case.
         rounds, rest_s: the peers take turns this often, with rests between (the chip throttles).
         model, works, repeats, warmup: of ``e2e``: its type and its configuration's fields; what to do; how often
             (a work's own ``warmup`` and ``repeats`` come first).
@@ -145,6 +148,7 @@ class BenchConfig:
     directions: tuple[str, ...] = ("forward",)
     limits: dict[str, dict[str, list[Any]]] | None = None
     dtype: str = "bf16"
+    layers: int | str = 1
     budget_s: float = 1.0
     rounds: int = 5
     rest_s: float = 0.02
@@ -211,6 +215,10 @@ def _check(config: BenchConfig) -> None:
     wrong = set(config.directions) - set(DIRECTIONS)
     if wrong:
         raise ConfigError(f"directions may be {', '.join(DIRECTIONS)}, got {sorted(wrong)}.")
+    if config.layers != "auto" and (type(config.layers) is not int or config.layers < 1):
+        raise ConfigError(f"layers must be a positive integer or auto, got {config.layers!r}.")
+    if config.layers != 1 and config.kind != "kernels":
+        raise ConfigError(f"layers goes with kind kernels, not {config.kind}.")
     if config.kind == "e2e" and not (config.model and config.works):
         raise ConfigError("an e2e benchmark needs model and works.")
     if config.kind != "e2e" and not config.cases:

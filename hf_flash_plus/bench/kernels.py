@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import chain
 from .check import TOLERANCE, Reference
 from .config import BenchConfig, Case, as_dict, peer_name
 from .peers import Declined, Peer, Prepared, get_peer
 from .problem import Problem
-from .timing import CudaClock, HostClock, Measurement, copy_bandwidth, make_clock, measure
+from .timing import Chain, CudaClock, HostClock, Measurement, copy_bandwidth, make_clock, measure
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
@@ -58,15 +59,19 @@ def _run_case(
     copy_gbs: float | None,
 ) -> list[Row]:
     problem = Problem(case, config.dtype, device)
-    reference = Reference(problem, direction == "backward")
+    wanted = config.layers if case.decoding else 1
+    layers, n_caches = chain.length(wanted, case, problem.q.element_size(), chain.l2_bytes(device))
+    # One for each cache of a chain, or just the one.
+    problems = [problem, *(Problem(case, config.dtype, device, seed) for seed in range(1, n_caches))]
+    references = [Reference(problem, direction == "backward") for problem in problems]
     rows: dict[str, Row] = {}
-    calls: dict[str, Callable[[], Any]] = {}
+    calls: dict[str, Callable[[], Any] | Chain] = {}
     for peer in peers:
         if not config.allows(peer.name, case):
             rows[peer.name] = _row(case, direction, peer, "skipped", "not measured on this case (limits)")
             continue
         try:
-            calls[peer.name], errors = _prepare(problem, reference, peer, direction)
+            single, errors = _prepare(problem, references[0], peer, direction)
         except Declined as error:
             rows[peer.name] = _row(case, direction, peer, "declined", str(error))
         except Exception as error:  # a peer's failure is a result
@@ -74,6 +79,14 @@ def _run_case(
             _check_device(device, peer)
         else:
             rows[peer.name] = _row(case, direction, peer, "ok") | {"errors": errors}
+            calls[peer.name] = single
+            if layers > 1:
+                try:
+                    calls[peer.name], found = _in_a_row(problems, references, peer, layers, single)
+                    errors["out"] = chain.worst((errors["out"], found))
+                except Exception as error:  # the call alone was right
+                    rows[peer.name]["note"] = f"timed alone, not as one of {layers} layers: {_short(error)}"
+                    _check_device(device, peer)
             limit = TOLERANCE[problem.dtype]
             # Written so that NaN counts as wrong.
             if not all(error <= limit for error in errors.values()):
@@ -83,6 +96,9 @@ def _run_case(
         measured = measure(calls, clock, rounds=config.rounds, budget_s=config.budget_s, rest_s=config.rest_s)
         for name, times in measured.items():
             rows[name] |= _result(case, direction, problem, times, copy_gbs)
+            timed = calls[name]
+            if case.decoding:
+                rows[name]["layers"] = timed.calls if isinstance(timed, Chain) else 1
     return list(rows.values())
 
 
@@ -108,6 +124,28 @@ def _prepare(
     for name, grad in zip(("dq", "dk", "dv"), backward()):
         errors[name] = reference.error(name, prepared.dense(grad))
     return backward, errors
+
+
+def _in_a_row(
+    problems: list[Problem], references: list[Reference], peer: Peer, layers: int, single: Callable[[], Any]
+) -> tuple[Chain, float]:
+    """The calls of so many layers to be timed together, and the worst of their errors after a replay."""
+    built = [peer.build(problem, False) for problem in problems]
+    # Layer i has cache i, from the first again where there are fewer.
+    turns = [i % len(built) for i in range(layers)]
+
+    def error(i: int) -> Callable[[Tensor], float]:
+        return lambda out: references[i].error("out", built[i].dense(out))
+
+    with torch.no_grad():
+        replay = chain.record([built[i].forward for i in turns], problems[0].device)
+        found = chain.worst(chain.errors(replay, [error(i) for i in turns]))
+
+    def run() -> None:
+        with torch.no_grad():
+            replay()
+
+    return Chain(run, layers, single), found
 
 
 def extra_peak_bytes(prepared: Prepared, device: torch.device) -> int:
@@ -151,7 +189,7 @@ def _row(case: Case, direction: str, peer: Peer, status: str, reason: str = "") 
 
 def _result(case: Case, direction: str, problem: Problem, measured: Measurement, copy_gbs: float | None) -> Row:
     """Times and rate; for decoding also ``of_floor``, how many times longer than the memory's copy rate takes for the
-    keys and values."""
+    keys and values (no launch is in that floor: :func:`~.timing.copy_bandwidth`)."""
     result = measured.as_dict()
     if case.decoding:
         gbs = case.kv_bytes(problem.q.element_size()) / measured.median_ms / 1e6

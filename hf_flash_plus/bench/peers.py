@@ -128,7 +128,7 @@ def _layer(implementation: str) -> Callable[[Problem, bool], Prepared]:
         )  # fmt: skip
         module = torch.nn.Module()
         module.is_causal, module.num_key_value_groups = True, case.heads // case.kv_heads
-        q, k, v = (t.transpose(1, 2).contiguous() for t in (problem.q, problem.k, problem.v))
+        q, k, v = problem.heads_first
         attend = ALL_ATTENTION_FUNCTIONS[implementation]
 
         def forward() -> Tensor:

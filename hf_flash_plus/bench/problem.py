@@ -42,6 +42,12 @@ class Problem:
         q, k, v = (t.detach().requires_grad_() for t in (self.q, self.k, self.v))
         return q, k, v
 
+    @cached_property
+    def heads_first(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as the layers of a model have them: contiguous ``(batch, heads, seqlen, head_dim)``; copies."""
+        q, k, v = (t.transpose(1, 2).contiguous() for t in (self.q, self.k, self.v))
+        return q, k, v
+
     @property
     def causal(self) -> bool:
         """Whether flags say all of the mask, and it is causal."""

@@ -20,11 +20,12 @@ def ratio(row: Row, baseline: Row) -> float:
 
 
 def add_ratios(rows: list[Row], baseline: str) -> None:
-    """Put ``ratio`` into every measured row whose case the baseline was measured on."""
+    """Put ``ratio`` into every measured row whose case the baseline was measured on, in the same way (alone, or so many
+    layers in a row)."""
     base = {(r["direction"], r["case_name"]): r for r in rows if r["peer"] == baseline and r["status"] == "ok"}
     for row in rows:
         other = base.get((row["direction"], row["case_name"]))
-        if row["status"] == "ok" and other is not None:
+        if row["status"] == "ok" and other is not None and row.get("layers", 1) == other.get("layers", 1):
             row["ratio"] = ratio(row, other)
 
 
@@ -81,7 +82,7 @@ def print_tables(found: dict[str, Any], console: Any) -> None:
         f"{row['peer']}: {row['status']}: {row['reason']}"
         for row in found["rows"]
         if row["status"] in ("declined", "wrong", "error")
-    )
+    ) | dict.fromkeys(f"{row['peer']}*: {row['note']}" for row in found["rows"] if "note" in row)
     for reason in list(reasons)[:20]:
         console.print(reason, style="dim", markup=False, highlight=False)
 
@@ -130,6 +131,7 @@ def _cell(row: Row | None) -> str:
     text += f" [dim]{row['ratio']:.2f}x[/dim]" if "ratio" in row else ""
     apart = spread(row)
     text += f" [dim]±{apart:.0f}%[/dim]" if apart is not None else ""
+    text += "*" if "note" in row else ""
     if row["direction"] == "decode":  # there the host's time decides, too
         text += f"\n[dim]{row['median_ms'] * 1e3:.1f} us, host {row['host_us']:.0f}[/dim]"
     return text

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,7 +19,10 @@ _SLEEP_CYCLES_PER_MS = 1_800_000
 
 @dataclass(frozen=True)
 class Measurement:
-    """Times of one call: over all samples, and the median of each round (how much they differ says how steady)."""
+    """Times of one call: over all samples, and the median of each round (how much they differ says how steady).
+
+    A sample is one call, or the mean of a :class:`Chain`'s calls.
+    """
 
     median_ms: float
     p10_ms: float
@@ -30,6 +33,20 @@ class Measurement:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class Chain(NamedTuple):
+    """Several calls that are timed together, in a row.
+
+    Attributes:
+        run: runs them all.
+        calls: how many.
+        single: one of them, for the host's time.
+    """
+
+    run: Callable[[], Any]
+    calls: int
+    single: Callable[[], Any]
 
 
 class CudaClock:
@@ -92,7 +109,11 @@ def make_clock(device: torch.device) -> CudaClock | HostClock:
 
 
 def copy_bandwidth(device: torch.device, n_bytes: int = 2**30) -> float | None:
-    """GB/s of a large copy in the device's memory, reads and writes counted; None where there is no clock for it."""
+    """GB/s of a large copy in the device's memory, reads and writes counted; None where there is no clock for it.
+
+    A floor for decoding that has no launch in it, and no start and end of a kernel, in which memory idles: small calls
+    stay above it however they are timed. Reading alone is somewhat faster: large calls can be below it.
+    """
     if device.type != "cuda":
         return None
     source = torch.empty(n_bytes, dtype=torch.int8, device=device)
@@ -109,7 +130,7 @@ def copy_bandwidth(device: torch.device, n_bytes: int = 2**30) -> float | None:
 
 
 def measure(
-    calls: dict[str, Callable[[], Any]],
+    calls: Mapping[str, Callable[[], Any] | Chain],
     clock: CudaClock | HostClock,
     *,
     rounds: int,
@@ -122,26 +143,31 @@ def measure(
     the next, which should not be the same one every time.
 
     Args:
-        calls: what to time, by name.
+        calls: what to time, by name; a chain's time is divided by its number of calls.
         clock: see :func:`make_clock`.
         rounds: number of turns of each call.
         budget_s: seconds for all of it together, warm-up apart.
         rest_s: seconds of rest between rounds.
     """
+    chains = {name: call if isinstance(call, Chain) else Chain(call, 1, call) for name, call in calls.items()}
     repeats: dict[str, int] = {}
     host: dict[str, float] = {}
-    for name, call in calls.items():
+    queue: dict[str, float] = {}
+    for name, chain in chains.items():
         for _ in range(3):
-            call()
-        host[name] = clock.host_ms(call)
-        once_ms = max(statistics.median(clock.sample(call, 3, host[name])), 1e-4)
+            chain.run()
+        host[name] = queue[name] = clock.host_ms(chain.single)
+        if chain.run is not chain.single:
+            queue[name] = clock.host_ms(chain.run)
+        once_ms = max(statistics.median(clock.sample(chain.run, 3, queue[name])), 1e-4)
         share_ms = budget_s * 1e3 / (len(calls) * rounds)
         repeats[name] = max(2, min(_MAX_REPEATS, int(share_ms / once_ms)))
     samples: dict[str, list[list[float]]] = {name: [] for name in calls}
     draw = random.Random(0)
     for _ in range(rounds):
         for name in draw.sample(list(calls), len(calls)):
-            samples[name].append(clock.sample(calls[name], repeats[name], host[name]))
+            turn = clock.sample(chains[name].run, repeats[name], queue[name])
+            samples[name].append([value / chains[name].calls for value in turn])
         time.sleep(rest_s)
     return {name: _summarize(turns, host[name]) for name, turns in samples.items()}
 

@@ -50,6 +50,7 @@ from .backward_common import (
     _hand_over,
     _read,
     _store_rows,
+    _zero_not_finite,
     meet,
     reduce_add,
     scores_layout,
@@ -133,9 +134,14 @@ def _producer(
     STAGES: gl.constexpr,
     ROTATE: gl.constexpr,
     LISTED: gl.constexpr,
+    MASKED_FIRST: gl.constexpr,
     PHASES: gl.constexpr,
 ):
-    """One warp: k and v of the program, then q and dout of every step."""
+    """One warp: k and v of the program, then q and dout of every step.
+
+    MASKED_FIRST: the list begins with the tiles that mask, and the consumers know which those are: only they read
+    bounds, and nobody reads entries.
+    """
     q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc, bounds_desc = descs
     q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem, bounds_smem, entry_smem = shared
     q_blocks, dout_blocks = blocks
@@ -176,7 +182,7 @@ def _producer(
                 row = tile * BLOCK_M
                 if it >= STAGES:
                     meet("sync", STAGE_BARRIER + stage)
-                if LISTED:  # read by the consumers once they have waited for q
+                if LISTED and not MASKED_FIRST:  # read by the consumers once they have waited for q
                     entry_smem.index(stage).store(gl.full([1], entry, gl.int32, ONE))
                     gl.thread_barrier()  # an `expect`, unlike an `arrive`, publishes only what its own thread wrote
                 if LISTED and dirty:
@@ -197,9 +203,16 @@ def _producer(
                     _zero_hidden_rows(dout_blocks, stage, bounds_smem, stage, hidden, BLOCK_M, BLOCK_D)
                     mbarrier.arrive(dout_full.index(stage), count=1)
                 else:
-                    mbarrier.expect(q_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
-                    if LISTED:
-                        _load_bounds(bounds_desc, bounds_at + row, n_rows, q_full.index(stage), bounds_smem, stage)
+                    if MASKED_FIRST:
+                        if (entry & ENTRY_MASKED) != 0:
+                            mbarrier.expect(q_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
+                            _load_bounds(bounds_desc, bounds_at + row, n_rows, q_full.index(stage), bounds_smem, stage)
+                        else:
+                            mbarrier.expect(q_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES)
+                    else:
+                        mbarrier.expect(q_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
+                        if LISTED:
+                            _load_bounds(bounds_desc, bounds_at + row, n_rows, q_full.index(stage), bounds_smem, stage)
                     _load_tile(
                         q_desc, [batch, row, head, 0], q_full.index(stage), q_smem.index(stage), BLOCK_M, BLOCK_D
                     )
@@ -218,21 +231,13 @@ def _producer(
                         delta_desc, [rows_at + row], dout_full.index(stage), delta_smem.index(stage)
                     )
                 if LISTED:
-                    entry = gl.load(entries_ptr + gl.where(i + 1 < n, i + 1, 0))
+                    after = i + 1
+                    if PHASES == 2:  # the first of this phase for the next head, or of the next phase
+                        after = gl.where(i + 1 < end, after, gl.where(local_head + 1 < n_heads, begin, end))
+                    entry = gl.load(entries_ptr + gl.where(after < n, after, 0))
                 it += 1
     for last in range(max(it, STAGES), it + STAGES):  # leave no barrier half full
         meet("sync", STAGE_BARRIER + last % STAGES)
-
-
-@gluon.jit
-def _zero_not_finite(part):
-    """Zero the NaN and inf in k or v: keys that no row sees may hold them."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
-    for piece in gl.static_range(4):
-        rows = part.slice(32 * piece, 32, dim=0)
-        x = rows.load(LAYOUT)
-        rows.store(gl.where(gl.abs(x.to(gl.float32)) < float("inf"), x, 0.0).to(part.dtype))
-    fence_async_shared()
 
 
 @gluon.jit
@@ -604,7 +609,7 @@ def attention_backward(
         dq_desc: fp32 (rows, 128) in blocks of 64 rows: the sums of dq, in tiles of BLOCK_M by BLOCK_D whose numbers
             lie as :func:`_hand_over` says, zero before; only if WITH_DQ.
         entries_ptr, counts_ptr, summary_ptr: only if LISTED, see ``backward_prepare``; batch elements lie
-            ``list_stride`` key tiles apart (0: one list for all).
+            ``list_stride`` key tiles apart (0: one list for all). With MASK_LEADING the lists begin with what masks.
         right, left: the flags' bounds: row i sees keys ``i + left <= key <= i + right``.
     """
     DTYPE: gl.constexpr = q_desc.dtype
@@ -622,12 +627,15 @@ def attention_backward(
     n_rows = n_tiles_q * BLOCK_M
     bounds_at = 0
     covered = 0
+    MASKED_FIRST: gl.constexpr = LISTED and MASK == MASK_LEADING
     if LISTED:
         list_at = batch * list_stride
         count = gl.load(counts_ptr + list_at + tile_n)
         n = count & COUNT_ENTRIES
         covered = count & COUNT_COVERED
-        entries_ptr += (list_at + tile_n).to(gl.int64) * (n_tiles_q + 1)
+        entries_ptr += (list_at + tile_n).to(gl.int64) * (n_tiles_q + 2)
+        if MASKED_FIRST:
+            n_before = gl.load(entries_ptr + n_tiles_q + 1)
         which = gl.where(list_stride > 0, batch, 0)
         bounds_at = which * 2 * n_rows
         summary_ptr += (5 * which + 4) * n_tiles_q
@@ -646,7 +654,8 @@ def attention_backward(
     bounds_smem = start_smem
     entry_smem = start_smem
     if LISTED:
-        entry_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        if not MASKED_FIRST:
+            entry_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         bounds_smem = gl.allocate_shared_memory(gl.int32, [2 * STAGES, BLOCK_M], bounds_desc.layout)
     # Barriers: k and v are there; q, dout of a stage are there; q and dout that have to be cleaned are there.
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
@@ -705,7 +714,7 @@ def attention_backward(
                  (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D, STAGES, MASK,
                   HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, ALIGNED)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
-                             STAGES, ROTATE, LISTED, PHASES)),
+                             STAGES, ROTATE, LISTED, MASKED_FIRST, PHASES)),
                 (_storer, (dq_desc, dq_smem, dq_free, where, entries_ptr, BLOCK_M, BLOCK_D, ROTATE, LISTED, PHASES)),
             ],
             [1, 1],
@@ -718,7 +727,7 @@ def attention_backward(
                  (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D, STAGES, MASK,
                   HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, ALIGNED)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
-                             STAGES, ROTATE, LISTED, PHASES)),
+                             STAGES, ROTATE, LISTED, MASKED_FIRST, PHASES)),
             ],
             [1],
             [OTHER_REGISTERS],

@@ -244,8 +244,9 @@ def take_apart(
         return None
     dim, v_dim = backward_config.widths(q.shape[3], v_head_dim)
     if config is None:
-        masking = backward_config.mask_of(mask.row_intervals is not None, bounds.has_left, bounds.has_right)
-        config = backward_config.select(dim, MODES[mode] > 0, masking)
+        listed = mask.row_intervals is not None
+        masking = backward_config.mask_of(listed, bounds.has_left, bounds.has_right)
+        config = backward_config.select(dim, MODES[mode] > 0, masking, listed)
     n_tiles_k, splits, group = _cdiv(keys, config.keys), 1, nheads // nheads_k
     # Query heads of a group are dealt to several programs where there would be too few to fill the device.
     n_cores = tiles.device_info(q.device).n_cores
@@ -294,7 +295,7 @@ def allocate(parts: Parts, lists: Lists | None = None) -> Buffers:
         lists = Lists(
             new(torch.int32, n_lists, 2, parts.n_tiles_q * parts.config.block_m),
             new(torch.int32, n_lists, 5, parts.n_tiles_q),
-            new(torch.int32, n_lists, parts.n_tiles_k, parts.n_tiles_q + 1),
+            new(torch.int32, n_lists, parts.n_tiles_k, parts.n_tiles_q + 2),
             new(torch.int32, n_lists, parts.n_tiles_k),
         )
     start, minus_delta = new(torch.float32, n_rows), new(torch.float32, n_rows)
@@ -367,7 +368,7 @@ def lists_launch(parts: Parts, buffers: Buffers) -> Launch:
     arguments = (
         buffers.summary, buffers.entries, buffers.counts, parts.sizes[4], parts.n_tiles_q, parts.n_tiles_k,
     )  # fmt: skip
-    options = {"BLOCK_N": parts.config.keys, "BLOCK": 128, "num_warps": 1}
+    options = {"MASKED_FIRST": parts.config.halves, "BLOCK_N": parts.config.keys, "BLOCK": 128, "num_warps": 1}
     n_programs = parts.intervals.shape[0] * parts.n_tiles_k
     return _launch("lists", n_programs, arguments, options, (parts.q.device.index,))
 
@@ -433,6 +434,8 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     grouped = heads_per_split > 1
     n_heads = parts.splits * batch * nheads_k
     mask = backward_config.mask_of(listed, bounds.has_left, bounds.has_right)
+    if listed and config.halves:
+        mask = 1  # the lists begin with what masks
     list_stride = 0 if parts.intervals is None or parts.intervals.shape[0] == 1 else parts.n_tiles_k
     softcap = parts.softcap
     block_m, keys_n = config.block_m, config.keys

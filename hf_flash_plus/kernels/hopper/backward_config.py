@@ -16,6 +16,7 @@ class Config(NamedTuple):
         stages: tiles of q and dout in flight.
         halves: the loop is that of ``backward_halves``, which knows no bound at the left, and under row intervals takes
             the tiles that mask first.
+        units: key heads of a program at most, one after the other (with ``halves``).
         rotate: programs start at different query tiles, so that their additions to dq do not collide (no mask).
         other_registers: a thread's in the warps that load and store; those that compute get the rest.
         keys: of a tile. Widths beyond 128 have a kernel of their own, ``backward_wide``, which reads this, and what
@@ -30,6 +31,7 @@ class Config(NamedTuple):
     block_m: int
     stages: int = 2
     halves: bool = False
+    units: int = 1
     rotate: bool = True
     other_registers: int = 24
     keys: int = 128
@@ -45,6 +47,10 @@ WIDE = {
     192: Config(64, 2, keys=128, dout_stages=2, dp_early=0),
     256: Config(64, 2, keys=64, dout_stages=1, dp_early=1, dv_late=True),
 }
+
+
+#: Key heads of a program one after the other, at 64 columns.
+UNITS = 2
 
 
 def widths(head_dim: int, v_head_dim: int) -> tuple[int, int]:
@@ -70,7 +76,8 @@ def select(dim: int, with_dq: bool, mask: int, listed: bool) -> Config:
     if dim > 128:
         return WIDE[dim]
     if dim == 64:
-        return Config(128, halves=mask < 2 or listed)
+        halves = mask < 2 or listed
+        return Config(128, halves=halves, units=UNITS if halves else 1)
     return Config(64, stages=2 if with_dq else 3)
 
 

@@ -197,6 +197,7 @@ def _consumer_of_halves(
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
     ALIGNED: gl.constexpr,
+    UNITS: gl.constexpr,
 ):
     """Two warpgroups: dk and dv of 64 keys each, and each step's dq together. Called like ``backward._consumer``."""
     gl.static_assert(MASK != MASK_ANY, "masks only the first steps")
@@ -210,51 +211,54 @@ def _consumer_of_halves(
     OUT_L: gl.constexpr = scores_layout(BLOCK_D)
     keys = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, HALF_L))
     key_start = gl.where(keys < seqlen_k, 0.0, float("-inf"))
-    dk = gl.full([BLOCK_N, BLOCK_D], 0.0, gl.float32, OUT_L)
-    dv = gl.full([BLOCK_N, BLOCK_D], 0.0, gl.float32, OUT_L)
     total = n * n_heads
     step_bars = (q_full, dout_full, dq_free)
 
-    if LISTED:  # without entries nothing is loaded or computed
-        mbarrier.wait(kv_full.index(0), 0, pred=total > 0)
-        mbarrier.wait(kv_full.index(1), 0, pred=total > 0)
-        if (total > 0) & (covered == 0):
-            _zero_not_finite(k_smem)
-            _zero_not_finite(v_smem)
-            gl.thread_barrier()
-    else:
-        mbarrier.wait(kv_full.index(0), 0)
-        mbarrier.wait(kv_full.index(1), 0)
-
-    begin = n * 0
-    if MASK == MASK_LEADING:
-        if ALIGNED:
-            before: gl.constexpr = BLOCK_N // BLOCK_M
+    for unit in range(UNITS):
+        dk = gl.full([BLOCK_N, BLOCK_D], 0.0, gl.float32, OUT_L)
+        dv = gl.full([BLOCK_N, BLOCK_D], 0.0, gl.float32, OUT_L)
+        at = unit * total  # steps before
+        if LISTED:  # without entries nothing is loaded or computed
+            mbarrier.wait(kv_full.index(0), unit & 1, pred=total > 0)
+            mbarrier.wait(kv_full.index(1), unit & 1, pred=total > 0)
+            if (total > 0) & (covered == 0):
+                _zero_not_finite(k_smem)
+                _zero_not_finite(v_smem)
+                gl.thread_barrier()
         else:
-            before = n_before
-        for it in range(before * n_heads):
-            tile = first_tile + it
-            if GROUPED:
-                tile = first_tile + it % before
-            dk, dv = _step(
-                it, tile, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem, BLOCK_M,
-                BLOCK_D, STAGES, True, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ, 0,
-            )  # fmt: skip
-        begin = before * n_heads
-    NEXT: gl.constexpr = 1 if MASK == MASK_LEADING else 0  # the other allocation than the one before's
-    if WITH_DQ:
-        n_pairs = (total - begin) // 2
-        for pair in range(n_pairs):
-            for half in gl.static_range(2):
+            mbarrier.wait(kv_full.index(0), unit & 1)
+            mbarrier.wait(kv_full.index(1), unit & 1)
+
+        begin = n * 0
+        if MASK == MASK_LEADING:
+            if ALIGNED:
+                before: gl.constexpr = BLOCK_N // BLOCK_M
+            else:
+                before = n_before
+            for it in range(before * n_heads):
+                tile = first_tile + it
+                if GROUPED:
+                    tile = first_tile + it % before
                 dk, dv = _step(
-                    begin + 2 * pair + half, 0, dk, dv, first_key, key_start, shared, step_bars, numbers,
-                    bounds_smem, BLOCK_M, BLOCK_D, STAGES, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, (NEXT + half) % 2,
+                    at + it, tile, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem, BLOCK_M,
+                    BLOCK_D, STAGES, True, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ, 0,
                 )  # fmt: skip
-        begin += 2 * n_pairs
-    for it in range(begin, total):
-        dk, dv = _step(
-            it, 0, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem, BLOCK_M, BLOCK_D, STAGES,
-            False, False, HAS_SOFTCAP, TAIL, WITH_DQ, NEXT,
-        )  # fmt: skip
-    _store_rows(dv_ptr, dv_stride, seqlen_k - first_key, dv, V_HEAD_DIM)
-    _store_rows(dk_ptr, dk_stride, seqlen_k - first_key, dk * scale, HEAD_DIM)
+            begin = before * n_heads
+        NEXT: gl.constexpr = 1 if MASK == MASK_LEADING else 0  # the other allocation than the one before's
+        if WITH_DQ:
+            n_pairs = (total - begin) // 2
+            for pair in range(n_pairs):
+                for half in gl.static_range(2):
+                    dk, dv = _step(
+                        at + begin + 2 * pair + half, 0, dk, dv, first_key, key_start, shared, step_bars, numbers,
+                        bounds_smem, BLOCK_M, BLOCK_D, STAGES, False, False, HAS_SOFTCAP, TAIL, WITH_DQ,
+                        (NEXT + half) % 2,
+                    )  # fmt: skip
+            begin += 2 * n_pairs
+        for it in range(begin, total):
+            dk, dv = _step(
+                at + it, 0, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem, BLOCK_M, BLOCK_D,
+                STAGES, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, NEXT,
+            )  # fmt: skip
+        _store_rows(dv_ptr + unit * V_HEAD_DIM, dv_stride, seqlen_k - first_key, dv, V_HEAD_DIM)
+        _store_rows(dk_ptr + unit * HEAD_DIM, dk_stride, seqlen_k - first_key, dk * scale, HEAD_DIM)

@@ -29,6 +29,8 @@ L2_BUDGET = 32 * 2**20
 #: 797, H16 820, 809, 808, 796, D64 H32/8 965, 956, 932, 881.
 LISTED_WAVES = 2
 LISTED_WAVES_OF_ONE_LIST = 8
+LAST_FIRST = True  # dq's sums are converted in the order opposite to that in which the main kernel makes them
+UNIT_WAVES = 6  # programs for each core, at least, where each computes several key heads
 PADDED = 128  # rows are padded to a multiple of this
 NO_BOUND = 2**30
 
@@ -423,6 +425,17 @@ def _section(parts: Parts) -> int:
     return section
 
 
+def _units(parts: Parts, section: int) -> int:
+    """How many key heads a program computes one after the other: less of what programs cost at their beginning and
+    end, but fewer of them, of which the last ones should be short beside the whole."""
+    batch, _, nheads_k, _, _ = parts.sizes
+    units, n_programs = parts.config.units, parts.n_tiles_k * batch * nheads_k
+    fewest = UNIT_WAVES * tiles.device_info(parts.q.device).n_cores
+    while units > 1 and (parts.splits > 1 or nheads_k % units or section % units or n_programs // units < fewest):
+        units //= 2
+    return units
+
+
 def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section: int | None = None) -> Launch:
     """The launch of the Gluon kernel; ``dk``, ``dv``: (splits, batch, keys, nheads_k, dim), from the first key that
     takes part on."""
@@ -442,6 +455,8 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     wide = parts.block_d > 128
     dim, v_dim = (64, 64) if wide else (parts.block_d, parts.v_block_d)  # of a copy
     row_bounds = buffers.row_bounds if buffers.row_bounds is not None else buffers.start  # unused without
+    section = _section(parts) if section is None else section
+    units = _units(parts, section)
     sums: tuple[Any, ...] = (None if buffers.dq_sums is None else _sums_descriptor(buffers.dq_sums),)
     if wide:
         sums = (*sums, _sums_descriptor(buffers.dq_sums, 32) if parts.block_d == 192 else None)
@@ -451,7 +466,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         _row_descriptor(buffers.minus_delta, block_m), _row_descriptor(row_bounds, block_m),
         *sums, dk, dv, buffers.entries, buffers.counts, buffers.summary, list_stride, nheads, nheads_k,
         heads_per_split, parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2),
-        parts.n_tiles_q, n_heads, _section(parts) if section is None else section, bounds.right, bounds.left,
+        parts.n_tiles_q, n_heads // units, section // units, bounds.right, bounds.left,
         parts.scale, parts.scale * LOG2E, 2.0 * LOG2E * parts.scale / softcap if softcap else 0.0, softcap * LOG2E,
     )  # fmt: skip
     options = {
@@ -483,8 +498,9 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         kind = "main"
         options |= {"BLOCK_D": dim, "WITH_DQ": mode == MODES["unordered"]}
         options |= {"STAGES": config.stages, "MASK": mask, "ALIGNED": corners, "HALVES": config.halves}
+        options |= {"UNITS": units}
     key = (parts.q.device.index, parts.q.dtype, dk.dtype)
-    return _launch(kind, parts.n_tiles_k * n_heads, arguments, options, key)
+    return _launch(kind, parts.n_tiles_k * n_heads // units, arguments, options, key)
 
 
 def dq_rows_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:
@@ -497,6 +513,7 @@ def dq_rows_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:
     options = {
         "HEAD_DIM": parts.q.shape[3],
         "HAS_INTERVALS": parts.intervals is not None,
+        "LAST_FIRST": LAST_FIRST,
         "BLOCK_M": parts.config.block_m,
         "BLOCK_D": parts.block_d,
     }

@@ -266,6 +266,7 @@ def dq_rows(
     scale,
     HEAD_DIM: tl.constexpr,
     HAS_INTERVALS: tl.constexpr,
+    LAST_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -275,8 +276,11 @@ def dq_rows(
     ``row_numbers``.
     """
     PARTS: tl.constexpr = BLOCK_M * BLOCK_D // 4096
-    part = tl.program_id(0) % PARTS
-    tile_at = (tl.program_id(0) // PARTS).to(tl.int64)
+    program = tl.program_id(0)
+    if LAST_FIRST:  # what was added to last is still in the L2 cache
+        program = tl.num_programs(0) - 1 - program
+    part = program % PARTS
+    tile_at = (program // PARTS).to(tl.int64)
     batch_head, tile = tile_at // n_tiles_q, tile_at % n_tiles_q
     batch, head = batch_head // nheads, batch_head % nheads
     numbers = tl.arange(0, 4096)

@@ -49,8 +49,8 @@ WIDE = {
 }
 
 
-#: Key heads of a program one after the other, at 64 columns.
-UNITS = 2
+#: Key heads of a program one after the other, at most, at 64 columns.
+UNITS = 4
 
 
 def widths(head_dim: int, v_head_dim: int) -> tuple[int, int]:

@@ -193,7 +193,7 @@ def test_what_is_not_seen(feature: str, dim: int) -> None:
                 assert tile.flatten(0, 1).any(0).all()
             for i, (entry, at) in enumerate(zip(entries, listed)):
                 masks = not tile[at][sees[which, at]].all()
-                assert bool(entry >> 29 & 1) == masks or parts.config.halves and first == 1 and i == 0
+                assert bool(entry >> 29 & 1) == masks or (parts.config.halves and first == 1 and i == 0)
                 hides = (real[at] & ~sees[which, at]).view(-1, 8).any(1).nonzero().flatten().tolist()
                 assert bool(entry >> 30 & 1) == bool(hides)
                 hidden = int(buffers.summary[which, 4, at])

@@ -20,7 +20,7 @@ once a step, at ds. All else is said by barriers at which they only arrive (Gluo
 A step: dv is started as soon as p is there, so that ds is computed beside it; dq is started before dk, so that dq goes
 to shared memory beside dk; the next step's scores are started at the end. The order of waits is what keeps ptxas from
 serialising the products: change it only with its warnings C7510 to C7519 in view, which tests/kernels/aot checks. This
-is the loop for 128 columns, and for 64 where any steps may mask; else ``backward_halves`` has that for 64.
+is the loop for 128 columns, and for 64 under windows; else ``backward_halves`` has that for 64.
 """
 
 from __future__ import annotations

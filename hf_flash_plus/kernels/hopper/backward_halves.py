@@ -13,10 +13,14 @@ unless it is in another allocation: with dq, two steps are computed in an iterat
 This kernel beside that with the loop of ``backward``, on one H200 (2026-11-28, bf16, 32 heads), TFLOP/s: 4096 rows 470
 -> 534, causal 454 -> 497; 16384 rows 490 -> 541, causal 501 -> 546; 2048 rows 449 -> 498, causal 414 -> 439; 512 rows
 362 -> 372, causal 220 -> 228. Split, as whole calls, and with numbers of rows read 16 bytes at a time: causal 4096 rows
-348 -> 361, 2048 308 -> 318, 512 166 -> 174. Under row intervals, read so, it gained nothing (0.99 of the other), so it
-knows none: only the first steps of a program may mask. Not faster: numbers of rows read 16 bytes at a time, or earlier,
-or shuffled from other threads, and dq of a step in the next one. At 128 columns, 128 keys by 64 rows a step, it was 11
-to 14 % slower than the loop of ``backward``.
+348 -> 361, 2048 308 -> 318, 512 166 -> 174. Not faster: numbers of rows read 16 bytes at a time, or earlier, or
+shuffled from other threads, and dq of a step in the next one. At 128 columns, 128 keys by 64 rows a step, it was 11 to
+14 % slower than the loop of ``backward``.
+
+Only the first steps of a program mask. With a branch in each step that asked whether to mask, row intervals gained
+nothing (0.99 of the other loop); so their lists of query tiles begin with those that mask, and the loop over the others
+is that of calls without row intervals (530 instructions a step; the other loop has 840). Several key heads to a program
+(UNITS) are to save most of the 5.3 us that a program costs beside its steps.
 """
 
 from __future__ import annotations

@@ -91,6 +91,7 @@ VARIANTS = [
     ("unordered", "causal", 64, 8, 4000, 0.0, BF16, 32),
     ("unordered", "intervals", 64, 32, 4096, 0.0, BF16, 32),
     ("unordered", "intervals", 64, 8, 4000, 0.0, BF16, 64),
+    ("unordered", "intervals", 64, 32, 4000, 20.0, BF16, 96),
     ("split", "intervals", 128, 8, 4000, 20.0, BF16, 160),
     ("unordered", "window", 64, 32, 4096, 0.0, FP16, 96),
     ("unordered", "intervals", 128, 8, 4000, 0.0, BF16, 128),
@@ -110,7 +111,10 @@ if os.environ.get("HF_FLASH_PLUS_AOT") == "full":
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v[:-1])).replace("torch.", ""))
 def test_compiles(variant: tuple[str, str, int, int, int, float, torch.dtype, int]) -> None:
     mode, *rest, bound = variant
-    _compile(mode, _inputs(*rest), bound)
+    mask, head_dim, _, _, softcap, _ = rest
+    # C7519 alone is a fence more: nothing waits for it.
+    fenced = mask == "intervals" and head_dim == 64 and softcap > 0.0
+    _compile(mode, _inputs(*rest), bound, serialized=tuple(c for c in SERIALIZED if not (fenced and c == "C7519")))
 
 
 def _compile(

@@ -20,7 +20,7 @@ once a step, at ds. All else is said by barriers at which they only arrive (Gluo
 A step: dv is started as soon as p is there, so that ds is computed beside it; dq is started before dk, so that dq goes
 to shared memory beside dk; the next step's scores are started at the end. The order of waits is what keeps ptxas from
 serialising the products: change it only with its warnings C7510 to C7519 in view, which tests/kernels/aot checks. This
-is the loop for 128 columns, and for 64 where any steps may mask; else ``backward_halves`` has that for 64.
+is the loop for 128 columns, and for 64 under windows; else ``backward_halves`` has that for 64.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from .backward_common import (
     _hand_over,
     _read,
     _store_rows,
+    _zero_not_finite,
     meet,
     reduce_add,
     scores_layout,
@@ -121,6 +122,22 @@ def _zero_hidden_rows(buffer, stage, bounds, bounds_stage, hidden, BLOCK_M: gl.c
 
 
 @gluon.jit
+def _load_values(descs, shared, kv_full, at, unit, freed, it, BLOCK_D: gl.constexpr, STAGES: gl.constexpr):
+    """Start the copy of v; and, but for the program's first key head, of k, once steps before ``it`` need neither."""
+    _, k_desc, v_desc, _, _, _, _ = descs
+    _, k_smem, v_smem, _, _, _, _, _ = shared
+    batch, k_head, first_key = at
+    N: gl.constexpr = k_smem.shape[0]
+    if unit > 0:
+        for step in range(freed, it):
+            meet("sync", STAGE_BARRIER + step % STAGES)
+        mbarrier.expect(kv_full.index(0), N * BLOCK_D * 2)
+        _load_tile(k_desc, [batch, first_key, k_head + unit, 0], kv_full.index(0), k_smem, N, BLOCK_D)
+    mbarrier.expect(kv_full.index(1), N * BLOCK_D * 2)
+    _load_tile(v_desc, [batch, first_key, k_head + unit, 0], kv_full.index(1), v_smem, N, BLOCK_D)
+
+
+@gluon.jit
 def _producer(
     descs,
     shared,
@@ -133,15 +150,22 @@ def _producer(
     STAGES: gl.constexpr,
     ROTATE: gl.constexpr,
     LISTED: gl.constexpr,
+    MASKED_FIRST: gl.constexpr,
     PHASES: gl.constexpr,
+    UNITS: gl.constexpr,
 ):
-    """One warp: k and v of the program, then q and dout of every step."""
-    q_desc, k_desc, v_desc, dout_desc, start_desc, delta_desc, bounds_desc = descs
-    q_smem, k_smem, v_smem, dout_smem, start_smem, delta_smem, bounds_smem, entry_smem = shared
+    """One warp: k and v of each key head, then q and dout of every step.
+
+    MASKED_FIRST: the list begins with the tiles that mask, and the consumers know which those are: only they read
+    bounds, and nobody reads entries.
+    """
+    q_desc, k_desc, _, dout_desc, start_desc, delta_desc, bounds_desc = descs
+    q_smem, k_smem, _, dout_smem, start_smem, delta_smem, bounds_smem, entry_smem = shared
     q_blocks, dout_blocks = blocks
     kv_full, q_full, dout_full, dirty_full = bars
     batch, k_head, first_head, n_heads, nheads, first_key, first_tile, n, n_before, rotation, n_tiles_q = where
     entries_ptr, hidden_ptr, n_rows, bounds_at = pointers
+    at = (batch, k_head, first_key)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     N: gl.constexpr = k_smem.shape[0]
     HEAD_BYTES: gl.constexpr = BLOCK_D * 2
@@ -157,82 +181,78 @@ def _producer(
         mbarrier.expect(kv_full.index(0), N * HEAD_BYTES)
         _load_tile(k_desc, [batch, first_key, k_head, 0], kv_full.index(0), k_smem, N, BLOCK_D)
     it = 0
+    freed = 0  # steps whose stage has been waited for
     dirty_phase = 0
-    for phase in gl.static_range(PHASES):
-        begin, end = _phase(phase, n, n_before, PHASES)
-        for local_head in range(n_heads):
-            head = first_head + local_head
-            rows_at = (batch * nheads + head) * (n_tiles_q * BLOCK_M)
-            for i in range(begin, end):
-                stage = it % STAGES
-                tile = first_tile + i
-                dirty = False
-                if ROTATE:
-                    tile = i + rotation
-                    tile = first_tile + gl.where(tile >= n, tile - n, tile)
-                if LISTED:
-                    tile = entry & ENTRY_TILE
-                    dirty = (entry & ENTRY_DIRTY) != 0
-                row = tile * BLOCK_M
-                if it >= STAGES:
-                    meet("sync", STAGE_BARRIER + stage)
-                if LISTED:  # read by the consumers once they have waited for q
-                    entry_smem.index(stage).store(gl.full([1], entry, gl.int32, ONE))
-                    gl.thread_barrier()  # an `expect`, unlike an `arrive`, publishes only what its own thread wrote
-                if LISTED and dirty:
-                    hidden = gl.load(hidden_ptr + tile)
-                    mbarrier.expect(dirty_full, 2 * (BLOCK_M * HEAD_BYTES + ROW_BYTES) + BOUND_BYTES)
-                    _load_bounds(bounds_desc, bounds_at + row, n_rows, dirty_full, bounds_smem, stage)
-                    _load_tile(q_desc, [batch, row, head, 0], dirty_full, q_smem.index(stage), BLOCK_M, BLOCK_D)
-                    tma.async_copy_global_to_shared(start_desc, [rows_at + row], dirty_full, start_smem.index(stage))
-                    _load_tile(dout_desc, [batch, row, head, 0], dirty_full, dout_smem.index(stage), BLOCK_M, BLOCK_D)
-                    tma.async_copy_global_to_shared(delta_desc, [rows_at + row], dirty_full, delta_smem.index(stage))
-                    if it == 0:
-                        mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
-                        _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
-                    mbarrier.wait(dirty_full, dirty_phase)
-                    dirty_phase = dirty_phase ^ 1
-                    _zero_hidden_rows(q_blocks, stage, bounds_smem, stage, hidden, BLOCK_M, BLOCK_D)
-                    mbarrier.arrive(q_full.index(stage), count=1)
-                    _zero_hidden_rows(dout_blocks, stage, bounds_smem, stage, hidden, BLOCK_M, BLOCK_D)
-                    mbarrier.arrive(dout_full.index(stage), count=1)
-                else:
-                    mbarrier.expect(q_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
+    for unit in range(UNITS):
+        unit_at = it
+        for phase in gl.static_range(PHASES):
+            begin, end = _phase(phase, n, n_before, PHASES)
+            for local_head in range(n_heads):
+                head = first_head + unit * n_heads + local_head
+                rows_at = (batch * nheads + head) * (n_tiles_q * BLOCK_M)
+                for i in range(begin, end):
+                    stage = it % STAGES
+                    tile = first_tile + i
+                    dirty = False
+                    if ROTATE:
+                        tile = i + rotation
+                        tile = first_tile + gl.where(tile >= n, tile - n, tile)
                     if LISTED:
-                        _load_bounds(bounds_desc, bounds_at + row, n_rows, q_full.index(stage), bounds_smem, stage)
-                    _load_tile(
-                        q_desc, [batch, row, head, 0], q_full.index(stage), q_smem.index(stage), BLOCK_M, BLOCK_D
-                    )
-                    tma.async_copy_global_to_shared(
-                        start_desc, [rows_at + row], q_full.index(stage), start_smem.index(stage)
-                    )
-                    if it == 0:  # behind the first q: the first product needs k and q only
-                        mbarrier.expect(kv_full.index(1), N * HEAD_BYTES)
-                        _load_tile(v_desc, [batch, first_key, k_head, 0], kv_full.index(1), v_smem, N, BLOCK_D)
-                    mbarrier.expect(dout_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES)
-                    _load_tile(
-                        dout_desc, [batch, row, head, 0], dout_full.index(stage), dout_smem.index(stage), BLOCK_M,
-                        BLOCK_D,
-                    )  # fmt: skip
-                    tma.async_copy_global_to_shared(
-                        delta_desc, [rows_at + row], dout_full.index(stage), delta_smem.index(stage)
-                    )
-                if LISTED:
-                    entry = gl.load(entries_ptr + gl.where(i + 1 < n, i + 1, 0))
-                it += 1
-    for last in range(max(it, STAGES), it + STAGES):  # leave no barrier half full
-        meet("sync", STAGE_BARRIER + last % STAGES)
-
-
-@gluon.jit
-def _zero_not_finite(part):
-    """Zero the NaN and inf in k or v: keys that no row sees may hold them."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
-    for piece in gl.static_range(4):
-        rows = part.slice(32 * piece, 32, dim=0)
-        x = rows.load(LAYOUT)
-        rows.store(gl.where(gl.abs(x.to(gl.float32)) < float("inf"), x, 0.0).to(part.dtype))
-    fence_async_shared()
+                        tile = entry & ENTRY_TILE
+                        dirty = (entry & ENTRY_DIRTY) != 0
+                    row = tile * BLOCK_M
+                    if it >= freed + STAGES:
+                        meet("sync", STAGE_BARRIER + stage)
+                        freed += 1
+                    if LISTED and not MASKED_FIRST:  # read by the consumers once they have waited for q
+                        entry_smem.index(stage).store(gl.full([1], entry, gl.int32, ONE))
+                        gl.thread_barrier()  # an `expect`, unlike an `arrive`, publishes only what its own thread wrote
+                    q, dout, full = q_smem.index(stage), dout_smem.index(stage), q_full.index(stage)
+                    starts, deltas = start_smem.index(stage), delta_smem.index(stage)
+                    if LISTED and dirty:
+                        hidden = gl.load(hidden_ptr + tile)
+                        mbarrier.expect(dirty_full, 2 * (BLOCK_M * HEAD_BYTES + ROW_BYTES) + BOUND_BYTES)
+                        _load_bounds(bounds_desc, bounds_at + row, n_rows, dirty_full, bounds_smem, stage)
+                        _load_tile(q_desc, [batch, row, head, 0], dirty_full, q, BLOCK_M, BLOCK_D)
+                        tma.async_copy_global_to_shared(start_desc, [rows_at + row], dirty_full, starts)
+                        _load_tile(dout_desc, [batch, row, head, 0], dirty_full, dout, BLOCK_M, BLOCK_D)
+                        tma.async_copy_global_to_shared(delta_desc, [rows_at + row], dirty_full, deltas)
+                        if it == unit_at:
+                            _load_values(descs, shared, kv_full, at, unit, freed, it, BLOCK_D, STAGES)
+                        mbarrier.wait(dirty_full, dirty_phase)
+                        dirty_phase = dirty_phase ^ 1
+                        _zero_hidden_rows(q_blocks, stage, bounds_smem, stage, hidden, BLOCK_M, BLOCK_D)
+                        mbarrier.arrive(full, count=1)
+                        _zero_hidden_rows(dout_blocks, stage, bounds_smem, stage, hidden, BLOCK_M, BLOCK_D)
+                        mbarrier.arrive(dout_full.index(stage), count=1)
+                    else:
+                        if MASKED_FIRST:
+                            if (entry & ENTRY_MASKED) != 0:
+                                mbarrier.expect(full, BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
+                                _load_bounds(bounds_desc, bounds_at + row, n_rows, full, bounds_smem, stage)
+                            else:
+                                mbarrier.expect(full, BLOCK_M * HEAD_BYTES + ROW_BYTES)
+                        else:
+                            mbarrier.expect(full, BLOCK_M * HEAD_BYTES + ROW_BYTES + BOUND_BYTES)
+                            if LISTED:
+                                _load_bounds(bounds_desc, bounds_at + row, n_rows, full, bounds_smem, stage)
+                        _load_tile(q_desc, [batch, row, head, 0], full, q, BLOCK_M, BLOCK_D)
+                        tma.async_copy_global_to_shared(start_desc, [rows_at + row], full, starts)
+                        if it == unit_at:  # behind the first q: the first product needs k and q only
+                            _load_values(descs, shared, kv_full, at, unit, freed, it, BLOCK_D, STAGES)
+                        mbarrier.expect(dout_full.index(stage), BLOCK_M * HEAD_BYTES + ROW_BYTES)
+                        _load_tile(dout_desc, [batch, row, head, 0], dout_full.index(stage), dout, BLOCK_M, BLOCK_D)
+                        tma.async_copy_global_to_shared(delta_desc, [rows_at + row], dout_full.index(stage), deltas)
+                    if it == unit_at:
+                        freed = it
+                    if LISTED:
+                        after = i + 1
+                        if PHASES == 2:  # the first of this phase for the next head, or of the next phase
+                            after = gl.where(i + 1 < end, after, gl.where(local_head + 1 < n_heads, begin, end))
+                        entry = gl.load(entries_ptr + gl.where(after < n, after, 0))
+                    it += 1
+    for step in range(freed, it):  # leave no barrier half full
+        meet("sync", STAGE_BARRIER + step % STAGES)
 
 
 @gluon.jit
@@ -247,25 +267,27 @@ def _storer(
     ROTATE: gl.constexpr,
     LISTED: gl.constexpr,
     PHASES: gl.constexpr,
+    UNITS: gl.constexpr,
 ):
     """One warp: adds each step's dq, which the warpgroups leave in shared memory, to the sums in global memory."""
     batch, _, first_head, n_heads, nheads, _, first_tile, n, n_before, rotation, n_tiles_q = where
     ROWS: gl.constexpr = BLOCK_M * BLOCK_D // 128
-    for phase in gl.static_range(PHASES):
-        begin, end = _phase(phase, n, n_before, PHASES)
-        for local_head in range(n_heads):
-            head_tiles = (batch * nheads + first_head + local_head) * n_tiles_q
-            for i in range(begin, end):
-                tile = first_tile + i
-                if ROTATE:
-                    tile = i + rotation
-                    tile = first_tile + gl.where(tile >= n, tile - n, tile)
-                if LISTED:
-                    tile = gl.load(entries_ptr + i) & ENTRY_TILE
-                meet("sync", DQ_BARRIER)
-                reduce_add(dq_desc, [(head_tiles + tile) * ROWS, 0], dq_smem)
-                tma.store_wait(0)
-                mbarrier.arrive(dq_free, count=1)
+    for unit in range(UNITS):
+        for phase in gl.static_range(PHASES):
+            begin, end = _phase(phase, n, n_before, PHASES)
+            for local_head in range(n_heads):
+                head_tiles = (batch * nheads + first_head + unit * n_heads + local_head) * n_tiles_q
+                for i in range(begin, end):
+                    tile = first_tile + i
+                    if ROTATE:
+                        tile = i + rotation
+                        tile = first_tile + gl.where(tile >= n, tile - n, tile)
+                    if LISTED:
+                        tile = gl.load(entries_ptr + i) & ENTRY_TILE
+                    meet("sync", DQ_BARRIER)
+                    reduce_add(dq_desc, [(head_tiles + tile) * ROWS, 0], dq_smem)
+                    tma.store_wait(0)
+                    mbarrier.arrive(dq_free, count=1)
 
 
 @gluon.jit
@@ -432,8 +454,10 @@ def _consumer(
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
     ALIGNED: gl.constexpr,
+    UNITS: gl.constexpr,
 ):
     """Two warpgroups: dk and dv of 64 keys each, and each step's dq together."""
+    gl.static_assert(UNITS == 1, "one key head a program")
     q_smem, k_smem, v_smem, _, _, start_smem, _, _ = shared
     kv_full, q_full, dout_full, dq_free = bars
     dk_ptr, dv_ptr, dk_stride, dv_stride, scale = dkv
@@ -590,9 +614,11 @@ def attention_backward(
     WITH_DQ: gl.constexpr,
     ALIGNED: gl.constexpr,
     HALVES: gl.constexpr,
+    UNITS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
-    """dk and dv of 128 keys of one key head, summed over ``heads_per_split`` query heads, and their part of dq.
+    """dk and dv of 128 keys of UNITS key heads, one after the other, each summed over ``heads_per_split`` query heads,
+    and their part of dq.
 
     Args:
         q_desc, k_desc, v_desc, dout_desc: (batch, seqlen, heads, head dim) descriptors; k's and v's blocks are 128
@@ -604,13 +630,16 @@ def attention_backward(
         dq_desc: fp32 (rows, 128) in blocks of 64 rows: the sums of dq, in tiles of BLOCK_M by BLOCK_D whose numbers
             lie as :func:`_hand_over` says, zero before; only if WITH_DQ.
         entries_ptr, counts_ptr, summary_ptr: only if LISTED, see ``backward_prepare``; batch elements lie
-            ``list_stride`` key tiles apart (0: one list for all).
+            ``list_stride`` key tiles apart (0: one list for all). With MASK_LEADING the lists begin with what masks.
+        n_heads_total, section: key heads (of all batch elements and splits), and those in flight together, both
+            divided by UNITS, by which ``nheads_k`` is divisible, too.
         right, left: the flags' bounds: row i sees keys ``i + left <= key <= i + right``.
     """
     DTYPE: gl.constexpr = q_desc.dtype
     n_tiles_k = (seqlen_k + BLOCK_N - 1) // BLOCK_N
     tile_n, split_batch_head = _schedule(gl.program_id(0), n_tiles_k, n_heads_total, section)
-    n_batch_heads = n_heads_total // n_splits
+    split_batch_head = split_batch_head * UNITS
+    n_batch_heads = n_heads_total * UNITS // n_splits
     split = split_batch_head // n_batch_heads
     batch_head = split_batch_head % n_batch_heads
     batch, k_head = batch_head // nheads_k, batch_head % nheads_k
@@ -622,12 +651,15 @@ def attention_backward(
     n_rows = n_tiles_q * BLOCK_M
     bounds_at = 0
     covered = 0
+    MASKED_FIRST: gl.constexpr = LISTED and MASK == MASK_LEADING
     if LISTED:
         list_at = batch * list_stride
         count = gl.load(counts_ptr + list_at + tile_n)
         n = count & COUNT_ENTRIES
         covered = count & COUNT_COVERED
-        entries_ptr += (list_at + tile_n).to(gl.int64) * (n_tiles_q + 1)
+        entries_ptr += (list_at + tile_n).to(gl.int64) * (n_tiles_q + 2)
+        if MASKED_FIRST:
+            n_before = gl.load(entries_ptr + n_tiles_q + 1)
         which = gl.where(list_stride > 0, batch, 0)
         bounds_at = which * 2 * n_rows
         summary_ptr += (5 * which + 4) * n_tiles_q
@@ -646,7 +678,8 @@ def attention_backward(
     bounds_smem = start_smem
     entry_smem = start_smem
     if LISTED:
-        entry_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        if not MASKED_FIRST:
+            entry_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         bounds_smem = gl.allocate_shared_memory(gl.int32, [2 * STAGES, BLOCK_M], bounds_desc.layout)
     # Barriers: k and v are there; q, dout of a stage are there; q and dout that have to be cleaned are there.
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
@@ -703,10 +736,11 @@ def attention_backward(
             [
                 (_consumer_of_halves if HALVES else _consumer,
                  (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D, STAGES, MASK,
-                  HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, ALIGNED)),
+                  HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, True, ALIGNED, UNITS)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
-                             STAGES, ROTATE, LISTED, PHASES)),
-                (_storer, (dq_desc, dq_smem, dq_free, where, entries_ptr, BLOCK_M, BLOCK_D, ROTATE, LISTED, PHASES)),
+                             STAGES, ROTATE, LISTED, MASKED_FIRST, PHASES, UNITS)),
+                (_storer, (dq_desc, dq_smem, dq_free, where, entries_ptr, BLOCK_M, BLOCK_D, ROTATE, LISTED, PHASES,
+                           UNITS)),
             ],
             [1, 1],
             [OTHER_REGISTERS, OTHER_REGISTERS],
@@ -716,9 +750,9 @@ def attention_backward(
             [
                 (_consumer_of_halves if HALVES else _consumer,
                  (shared, bars, dkv, work, steps, lists, numbers, HEAD_DIM, V_HEAD_DIM, BLOCK_M, BLOCK_D, STAGES, MASK,
-                  HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, ALIGNED)),
+                  HAS_LEFT, LISTED, GROUPED, HAS_SOFTCAP, TAIL, False, ALIGNED, UNITS)),
                 (_producer, (descs, buffers, (q_blocks, dout_blocks), fill_bars, where, pointers, BLOCK_M, BLOCK_D,
-                             STAGES, ROTATE, LISTED, PHASES)),
+                             STAGES, ROTATE, LISTED, MASKED_FIRST, PHASES, UNITS)),
             ],
             [1],
             [OTHER_REGISTERS],

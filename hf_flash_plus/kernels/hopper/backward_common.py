@@ -97,6 +97,17 @@ def _read(buffer):
 
 
 @gluon.jit
+def _zero_not_finite(part):
+    """Zero the NaN and inf in k or v: keys that no row sees may hold them."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    for piece in gl.static_range(4):
+        rows = part.slice(32 * piece, 32, dim=0)
+        x = rows.load(LAYOUT)
+        rows.store(gl.where(gl.abs(x.to(gl.float32)) < float("inf"), x, 0.0).to(part.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
 def _store_rows(ptr, stride, n_keys, x, DIM: gl.constexpr):
     """Store the first ``n_keys`` rows of dk or dv; ``ptr`` points at the tile's first row."""
     BLOCK_D: gl.constexpr = x.shape[1]

@@ -14,7 +14,9 @@ class Config(NamedTuple):
     Attributes:
         block_m: query rows of a step.
         stages: tiles of q and dout in flight.
-        halves: the loop is that of ``backward_halves``, which knows no row intervals and no bound at the left.
+        halves: the loop is that of ``backward_halves``, which knows no bound at the left, and under row intervals takes
+            the tiles that mask first.
+        units: key heads of a program at most, one after the other (with ``halves``).
         rotate: programs start at different query tiles, so that their additions to dq do not collide (no mask).
         other_registers: a thread's in the warps that load and store; those that compute get the rest.
         keys: of a tile. Widths beyond 128 have a kernel of their own, ``backward_wide``, which reads this, and what
@@ -29,6 +31,7 @@ class Config(NamedTuple):
     block_m: int
     stages: int = 2
     halves: bool = False
+    units: int = 1
     rotate: bool = True
     other_registers: int = 24
     keys: int = 128
@@ -46,6 +49,10 @@ WIDE = {
 }
 
 
+#: Key heads of a program one after the other, at most, at 64 columns.
+UNITS = 4
+
+
 def widths(head_dim: int, v_head_dim: int) -> tuple[int, int]:
     """The head dimensions of q and k, and of v, that the kernels compute with: descriptors fill what is missing with
     zeros."""
@@ -61,15 +68,16 @@ def mask_of(listed: bool, has_left: bool, has_right: bool) -> int:
     return 2 if listed or has_left else int(has_right)
 
 
-def select(dim: int, with_dq: bool, mask: int) -> Config:
+def select(dim: int, with_dq: bool, mask: int, listed: bool) -> Config:
     """The configuration for q's and k's width, with or without dq (whose buffers take a third stage's memory).
 
-    ``mask``: which steps of a program mask, see :func:`mask_of`.
+    ``mask``: which steps of a program mask, see :func:`mask_of`; ``listed``: by row intervals.
     """
     if dim > 128:
         return WIDE[dim]
     if dim == 64:
-        return Config(128, halves=mask < 2)
+        halves = mask < 2 or listed
+        return Config(128, halves=halves, units=UNITS if halves else 1)
     return Config(64, stages=2 if with_dq else 3)
 
 

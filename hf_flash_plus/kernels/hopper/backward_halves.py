@@ -13,10 +13,14 @@ unless it is in another allocation: with dq, two steps are computed in an iterat
 This kernel beside that with the loop of ``backward``, on one H200 (2026-11-28, bf16, 32 heads), TFLOP/s: 4096 rows 470
 -> 534, causal 454 -> 497; 16384 rows 490 -> 541, causal 501 -> 546; 2048 rows 449 -> 498, causal 414 -> 439; 512 rows
 362 -> 372, causal 220 -> 228. Split, as whole calls, and with numbers of rows read 16 bytes at a time: causal 4096 rows
-348 -> 361, 2048 308 -> 318, 512 166 -> 174. Under row intervals, read so, it gained nothing (0.99 of the other), so it
-knows none: only the first steps of a program may mask. Not faster: numbers of rows read 16 bytes at a time, or earlier,
-or shuffled from other threads, and dq of a step in the next one. At 128 columns, 128 keys by 64 rows a step, it was 11
-to 14 % slower than the loop of ``backward``.
+348 -> 361, 2048 308 -> 318, 512 166 -> 174. Not faster: numbers of rows read 16 bytes at a time, or earlier, or
+shuffled from other threads, and dq of a step in the next one. At 128 columns, 128 keys by 64 rows a step, it was 11 to
+14 % slower than the loop of ``backward``.
+
+Only the first steps of a program mask. With a branch in each step that asked whether to mask, row intervals gained
+nothing (0.99 of the other loop); so their lists of query tiles begin with those that mask, and the loop over the others
+is that of calls without row intervals (530 instructions a step; the other loop has 840). Several key heads to a program
+(UNITS) are to save most of the 5.3 us that a program costs beside its steps.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from .backward_common import (
     STAGE_BARRIER,
     _hand_over,
     _store_rows,
+    _zero_not_finite,
     meet,
     scores_layout,
 )
@@ -59,13 +64,13 @@ def _half(buffer, HALF: gl.constexpr, L: gl.constexpr):
 
 @gluon.jit
 def _half_weights(
-    s, tile, first_key, key_start, start_smem, stage, numbers, HALF: gl.constexpr, BLOCK_M: gl.constexpr,
-    MASKED: gl.constexpr, HAS_SOFTCAP: gl.constexpr, TAIL: gl.constexpr, L: gl.constexpr,
+    s, tile, first_key, key_start, start_smem, bounds_smem, stage, numbers, HALF: gl.constexpr, BLOCK_M: gl.constexpr,
+    MASKED: gl.constexpr, LISTED: gl.constexpr, HAS_SOFTCAP: gl.constexpr, TAIL: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """``(p, p with the derivative of softcap)`` of half a tile's scores, 0 where a row does not see a key.
 
     ``start_smem``: -lse of rows in base 2; ``key_start`` is -inf beyond the last key, else 0; ``L``: the layout
-    of half the scores. MASKED: row i sees keys up to ``i + right``.
+    of half the scores. MASKED: row i sees keys up to ``i + right``, or (LISTED) those between its bounds.
     """
     right, _, scale2, cap_in, cap_out = numbers
     row_start = _half(start_smem.index(stage), HALF, L)
@@ -79,8 +84,12 @@ def _half_weights(
     p = gl.exp2(x)
     if MASKED:
         keys = (first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, L)))[:, None]
-        rows = HALF * L.instr_shape[1] + gl.arange(0, L.instr_shape[1], gl.SliceLayout(0, L))
-        p = gl.where(keys <= (tile * BLOCK_M + right + rows)[None, :], p, 0.0)
+        if LISTED:
+            p = gl.where(keys >= _half(bounds_smem.index(2 * stage), HALF, L), p, 0.0)
+            p = gl.where(keys < _half(bounds_smem.index(2 * stage + 1), HALF, L), p, 0.0)
+        else:
+            rows = HALF * L.instr_shape[1] + gl.arange(0, L.instr_shape[1], gl.SliceLayout(0, L))
+            p = gl.where(keys <= (tile * BLOCK_M + right + rows)[None, :], p, 0.0)
     if HAS_SOFTCAP:
         g = p * (1.0 - t * t)
     else:
@@ -99,10 +108,12 @@ def _step(
     shared,
     bars,
     numbers,
+    bounds_smem,
     BLOCK_M: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
+    LISTED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
@@ -111,7 +122,7 @@ def _step(
     """One query tile.
 
     Args:
-        MASKED: row i sees keys up to ``i + right``; else all.
+        MASKED: row i sees keys up to ``i + right``, or (LISTED) those between its bounds; else all.
         BUFFER: which allocation ds goes to.
     """
     q_smem, k_smem, v_smem, dout_smem, ds_smem, start_smem, delta_smem, dq_smem = shared
@@ -134,15 +145,17 @@ def _step(
     dp_async = warpgroup_mma(v_smem, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s1, s2 = _halves(warpgroup_mma_wait(1, deps=[s_async]), HALF_L)
     p1, g1 = _half_weights(
-        s1, tile, first_key, key_start, start_smem, stage, numbers, 0, BLOCK_M, MASKED, HAS_SOFTCAP, TAIL, HALF_L
-    )
+        s1, tile, first_key, key_start, start_smem, bounds_smem, stage, numbers, 0, BLOCK_M, MASKED, LISTED,
+        HAS_SOFTCAP, TAIL, HALF_L,
+    )  # fmt: skip
     dv = warpgroup_mma(gl.convert_layout(p1.to(DTYPE), P_L), dout.slice(0, ROWS), dv, is_async=True)
     dp1, dp2 = _halves(warpgroup_mma_wait(1, deps=[dp_async]), HALF_L)
     ds1 = (g1 * (dp1 + _half(deltas, 0, HALF_L))).to(DTYPE)
     dk = warpgroup_mma(gl.convert_layout(ds1, P_L), q.slice(0, ROWS), dk, is_async=True)
     p2, g2 = _half_weights(
-        s2, tile, first_key, key_start, start_smem, stage, numbers, 1, BLOCK_M, MASKED, HAS_SOFTCAP, TAIL, HALF_L
-    )
+        s2, tile, first_key, key_start, start_smem, bounds_smem, stage, numbers, 1, BLOCK_M, MASKED, LISTED,
+        HAS_SOFTCAP, TAIL, HALF_L,
+    )  # fmt: skip
     dv = warpgroup_mma(gl.convert_layout(p2.to(DTYPE), P_L), dout.slice(ROWS, ROWS), dv, is_async=True)
     ds2 = (g2 * (dp2 + _half(deltas, 1, HALF_L))).to(DTYPE)
     if WITH_DQ:
@@ -188,54 +201,68 @@ def _consumer_of_halves(
     TAIL: gl.constexpr,
     WITH_DQ: gl.constexpr,
     ALIGNED: gl.constexpr,
+    UNITS: gl.constexpr,
 ):
     """Two warpgroups: dk and dv of 64 keys each, and each step's dq together. Called like ``backward._consumer``."""
-    gl.static_assert(MASK != MASK_ANY and not LISTED, "masks only the first steps")
+    gl.static_assert(MASK != MASK_ANY, "masks only the first steps")
     kv_full, q_full, dout_full, dq_free = bars
     dk_ptr, dv_ptr, dk_stride, dv_stride, scale = dkv
     first_key, seqlen_k, n_heads, first_tile = work
+    _, k_smem, v_smem, _, _, _, _, _ = shared
     n, n_before, _ = steps
+    bounds_smem, _, covered = lists
     HALF_L: gl.constexpr = scores_layout(BLOCK_M // 2)
     OUT_L: gl.constexpr = scores_layout(BLOCK_D)
     keys = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, HALF_L))
     key_start = gl.where(keys < seqlen_k, 0.0, float("-inf"))
-    dk = gl.full([BLOCK_N, BLOCK_D], 0.0, gl.float32, OUT_L)
-    dv = gl.full([BLOCK_N, BLOCK_D], 0.0, gl.float32, OUT_L)
     total = n * n_heads
     step_bars = (q_full, dout_full, dq_free)
 
-    mbarrier.wait(kv_full.index(0), 0)
-    mbarrier.wait(kv_full.index(1), 0)
-
-    begin = n * 0
-    if MASK == MASK_LEADING:
-        if ALIGNED:
-            before: gl.constexpr = BLOCK_N // BLOCK_M
+    for unit in range(UNITS):
+        dk = gl.full([BLOCK_N, BLOCK_D], 0.0, gl.float32, OUT_L)
+        dv = gl.full([BLOCK_N, BLOCK_D], 0.0, gl.float32, OUT_L)
+        at = unit * total  # steps before
+        if LISTED:  # without entries nothing is loaded or computed
+            mbarrier.wait(kv_full.index(0), unit & 1, pred=total > 0)
+            mbarrier.wait(kv_full.index(1), unit & 1, pred=total > 0)
+            if (total > 0) & (covered == 0):
+                _zero_not_finite(k_smem)
+                _zero_not_finite(v_smem)
+                gl.thread_barrier()
         else:
-            before = n_before
-        for it in range(before * n_heads):
-            tile = first_tile + it
-            if GROUPED:
-                tile = first_tile + it % before
-            dk, dv = _step(
-                it, tile, dk, dv, first_key, key_start, shared, step_bars, numbers, BLOCK_M, BLOCK_D, STAGES, True,
-                HAS_SOFTCAP, TAIL, WITH_DQ, 0,
-            )  # fmt: skip
-        begin = before * n_heads
-    NEXT: gl.constexpr = 1 if MASK == MASK_LEADING else 0  # the other allocation than the one before's
-    if WITH_DQ:
-        n_pairs = (total - begin) // 2
-        for pair in range(n_pairs):
-            for half in gl.static_range(2):
+            mbarrier.wait(kv_full.index(0), unit & 1)
+            mbarrier.wait(kv_full.index(1), unit & 1)
+
+        begin = n * 0
+        if MASK == MASK_LEADING:
+            if ALIGNED:
+                before: gl.constexpr = BLOCK_N // BLOCK_M
+            else:
+                before = n_before
+            for it in range(before * n_heads):
+                tile = first_tile + it
+                if GROUPED:
+                    tile = first_tile + it % before
                 dk, dv = _step(
-                    begin + 2 * pair + half, 0, dk, dv, first_key, key_start, shared, step_bars, numbers, BLOCK_M,
-                    BLOCK_D, STAGES, False, HAS_SOFTCAP, TAIL, WITH_DQ, (NEXT + half) % 2,
+                    at + it, tile, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem, BLOCK_M,
+                    BLOCK_D, STAGES, True, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ, 0,
                 )  # fmt: skip
-        begin += 2 * n_pairs
-    for it in range(begin, total):
-        dk, dv = _step(
-            it, 0, dk, dv, first_key, key_start, shared, step_bars, numbers, BLOCK_M, BLOCK_D, STAGES, False,
-            HAS_SOFTCAP, TAIL, WITH_DQ, NEXT,
-        )  # fmt: skip
-    _store_rows(dv_ptr, dv_stride, seqlen_k - first_key, dv, V_HEAD_DIM)
-    _store_rows(dk_ptr, dk_stride, seqlen_k - first_key, dk * scale, HEAD_DIM)
+            begin = before * n_heads
+        NEXT: gl.constexpr = 1 if MASK == MASK_LEADING else 0  # the other allocation than the one before's
+        if WITH_DQ:
+            n_pairs = (total - begin) // 2
+            for pair in range(n_pairs):
+                for half in gl.static_range(2):
+                    dk, dv = _step(
+                        at + begin + 2 * pair + half, 0, dk, dv, first_key, key_start, shared, step_bars, numbers,
+                        bounds_smem, BLOCK_M, BLOCK_D, STAGES, False, False, HAS_SOFTCAP, TAIL, WITH_DQ,
+                        (NEXT + half) % 2,
+                    )  # fmt: skip
+            begin += 2 * n_pairs
+        for it in range(begin, total):
+            dk, dv = _step(
+                at + it, 0, dk, dv, first_key, key_start, shared, step_bars, numbers, bounds_smem, BLOCK_M, BLOCK_D,
+                STAGES, False, False, HAS_SOFTCAP, TAIL, WITH_DQ, NEXT,
+            )  # fmt: skip
+        _store_rows(dv_ptr + unit * V_HEAD_DIM, dv_stride, seqlen_k - first_key, dv, V_HEAD_DIM)
+        _store_rows(dk_ptr + unit * HEAD_DIM, dk_stride, seqlen_k - first_key, dk * scale, HEAD_DIM)

@@ -29,6 +29,12 @@ L2_BUDGET = 32 * 2**20
 #: 797, H16 820, 809, 808, 796, D64 H32/8 965, 956, 932, 881.
 LISTED_WAVES = 2
 LISTED_WAVES_OF_ONE_LIST = 8
+LAST_FIRST = True  # dq's sums are converted in the order opposite to that in which the main kernel makes them
+#: For each key head that a program computes, how many programs of one head there should be to a core: with fewer, the
+#: last ones run alone for long. By simulation of 132 cores that take programs in order, D64: under a diagonal, where
+#: programs differ, four heads pay at 31 to a core and eight cost; under row intervals, where they differ more, two pay
+#: at 31 and cost at 15.
+UNIT_WAVES = {"full": 3, "diagonal": 7, "listed": 14}
 PADDED = 128  # rows are padded to a multiple of this
 NO_BOUND = 2**30
 
@@ -244,8 +250,9 @@ def take_apart(
         return None
     dim, v_dim = backward_config.widths(q.shape[3], v_head_dim)
     if config is None:
-        masking = backward_config.mask_of(mask.row_intervals is not None, bounds.has_left, bounds.has_right)
-        config = backward_config.select(dim, MODES[mode] > 0, masking)
+        listed = mask.row_intervals is not None
+        masking = backward_config.mask_of(listed, bounds.has_left, bounds.has_right)
+        config = backward_config.select(dim, MODES[mode] > 0, masking, listed)
     n_tiles_k, splits, group = _cdiv(keys, config.keys), 1, nheads // nheads_k
     # Query heads of a group are dealt to several programs where there would be too few to fill the device.
     n_cores = tiles.device_info(q.device).n_cores
@@ -294,7 +301,7 @@ def allocate(parts: Parts, lists: Lists | None = None) -> Buffers:
         lists = Lists(
             new(torch.int32, n_lists, 2, parts.n_tiles_q * parts.config.block_m),
             new(torch.int32, n_lists, 5, parts.n_tiles_q),
-            new(torch.int32, n_lists, parts.n_tiles_k, parts.n_tiles_q + 1),
+            new(torch.int32, n_lists, parts.n_tiles_k, parts.n_tiles_q + 2),
             new(torch.int32, n_lists, parts.n_tiles_k),
         )
     start, minus_delta = new(torch.float32, n_rows), new(torch.float32, n_rows)
@@ -367,7 +374,7 @@ def lists_launch(parts: Parts, buffers: Buffers) -> Launch:
     arguments = (
         buffers.summary, buffers.entries, buffers.counts, parts.sizes[4], parts.n_tiles_q, parts.n_tiles_k,
     )  # fmt: skip
-    options = {"BLOCK_N": parts.config.keys, "BLOCK": 128, "num_warps": 1}
+    options = {"MASKED_FIRST": parts.config.halves, "BLOCK_N": parts.config.keys, "BLOCK": 128, "num_warps": 1}
     n_programs = parts.intervals.shape[0] * parts.n_tiles_k
     return _launch("lists", n_programs, arguments, options, (parts.q.device.index,))
 
@@ -422,6 +429,17 @@ def _section(parts: Parts) -> int:
     return section
 
 
+def _units(parts: Parts, section: int) -> int:
+    """How many key heads a program computes one after the other: between them it loses less time than programs do."""
+    batch, _, nheads_k, _, _ = parts.sizes
+    kind = "listed" if parts.intervals is not None else "diagonal" if parts.bounds.has_right else "full"
+    waves = parts.n_tiles_k * batch * nheads_k / tiles.device_info(parts.q.device).n_cores
+    units = parts.config.units
+    while units > 1 and (parts.splits > 1 or nheads_k % units or section % units or waves < units * UNIT_WAVES[kind]):
+        units //= 2
+    return units
+
+
 def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section: int | None = None) -> Launch:
     """The launch of the Gluon kernel; ``dk``, ``dv``: (splits, batch, keys, nheads_k, dim), from the first key that
     takes part on."""
@@ -433,12 +451,16 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     grouped = heads_per_split > 1
     n_heads = parts.splits * batch * nheads_k
     mask = backward_config.mask_of(listed, bounds.has_left, bounds.has_right)
+    if listed and config.halves:
+        mask = 1  # the lists begin with what masks
     list_stride = 0 if parts.intervals is None or parts.intervals.shape[0] == 1 else parts.n_tiles_k
     softcap = parts.softcap
     block_m, keys_n = config.block_m, config.keys
     wide = parts.block_d > 128
     dim, v_dim = (64, 64) if wide else (parts.block_d, parts.v_block_d)  # of a copy
     row_bounds = buffers.row_bounds if buffers.row_bounds is not None else buffers.start  # unused without
+    section = _section(parts) if section is None else section
+    units = _units(parts, section)
     sums: tuple[Any, ...] = (None if buffers.dq_sums is None else _sums_descriptor(buffers.dq_sums),)
     if wide:
         sums = (*sums, _sums_descriptor(buffers.dq_sums, 32) if parts.block_d == 192 else None)
@@ -448,7 +470,7 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         _row_descriptor(buffers.minus_delta, block_m), _row_descriptor(row_bounds, block_m),
         *sums, dk, dv, buffers.entries, buffers.counts, buffers.summary, list_stride, nheads, nheads_k,
         heads_per_split, parts.splits, keys, dk.stride(1) // dk.stride(2), dk.stride(0) // dk.stride(2),
-        parts.n_tiles_q, n_heads, _section(parts) if section is None else section, bounds.right, bounds.left,
+        parts.n_tiles_q, n_heads // units, section // units, bounds.right, bounds.left,
         parts.scale, parts.scale * LOG2E, 2.0 * LOG2E * parts.scale / softcap if softcap else 0.0, softcap * LOG2E,
     )  # fmt: skip
     options = {
@@ -480,8 +502,9 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
         kind = "main"
         options |= {"BLOCK_D": dim, "WITH_DQ": mode == MODES["unordered"]}
         options |= {"STAGES": config.stages, "MASK": mask, "ALIGNED": corners, "HALVES": config.halves}
+        options |= {"UNITS": units}
     key = (parts.q.device.index, parts.q.dtype, dk.dtype)
-    return _launch(kind, parts.n_tiles_k * n_heads, arguments, options, key)
+    return _launch(kind, parts.n_tiles_k * n_heads // units, arguments, options, key)
 
 
 def dq_rows_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:
@@ -494,6 +517,7 @@ def dq_rows_launch(parts: Parts, buffers: Buffers, dq: Tensor) -> Launch:
     options = {
         "HEAD_DIM": parts.q.shape[3],
         "HAS_INTERVALS": parts.intervals is not None,
+        "LAST_FIRST": LAST_FIRST,
         "BLOCK_M": parts.config.block_m,
         "BLOCK_D": parts.block_d,
     }

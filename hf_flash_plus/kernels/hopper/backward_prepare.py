@@ -184,23 +184,41 @@ def query_tile_lists(
     seqlen_k,
     n_tiles_q,
     n_tiles_k,
+    MASKED_FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Of one tile of keys, the query tiles that see some of it, in rising order.
 
-    ``entries`` is int32 (lists, n_tiles_k, n_tiles_q + 1): a query tile, plus MASKED where not all of its rows see all
+    ``entries`` is int32 (lists, n_tiles_k, n_tiles_q + 2): a query tile, plus MASKED where not all of its rows see all
     of the keys, plus DIRTY where a row sees nothing. ``counts`` (lists, n_tiles_k) says how many entries there are (one
     more is valid to read), plus COVERED where each of the keys is known to be seen by some row.
+
+    MASKED_FIRST: those that are MASKED come before the others, each kind in rising order, the first entry always counts
+    as one (the loop over them always runs), and the last number of the list says how many they are.
     """
     tile_n = tl.program_id(0) % n_tiles_k
     which = tl.program_id(0) // n_tiles_k
     first_key = tile_n * BLOCK_N
     last_key = tl.minimum(first_key + BLOCK_N, seqlen_k)
     summary_ptr += which * 5 * n_tiles_q
-    list_at = (which * n_tiles_k + tile_n).to(tl.int64) * (n_tiles_q + 1)
+    list_at = (which * n_tiles_k + tile_n).to(tl.int64) * (n_tiles_q + 2)
     count = 0
     covered = 0
+    n_masked = 0
+    if MASKED_FIRST:
+        for base in range(0, n_tiles_q, BLOCK):
+            tiles = base + tl.arange(0, BLOCK)
+            inside = tiles < n_tiles_q
+            at = summary_ptr + tiles
+            first = tl.load(at, mask=inside, other=2**30)
+            last = tl.load(at + n_tiles_q, mask=inside, other=0)
+            full_first = tl.load(at + 2 * n_tiles_q, mask=inside, other=2**30)
+            full_last = tl.load(at + 3 * n_tiles_q, mask=inside, other=0)
+            sees = (first < last_key) & (last > first_key)
+            masked = sees & ((full_first > first_key) | (full_last < last_key))
+            n_masked += tl.sum(masked.to(tl.int32), axis=0)
+    masked_so_far = 0
     for base in range(0, n_tiles_q, BLOCK):
         tiles = base + tl.arange(0, BLOCK)
         inside = tiles < n_tiles_q
@@ -212,13 +230,23 @@ def query_tile_lists(
         dirty = tl.load(at + 4 * n_tiles_q, mask=inside, other=0)
         sees = (first < last_key) & (last > first_key)
         masked = (full_first > first_key) | (full_last < last_key)
-        entry = tiles + tl.where(masked, MASKED, 0) + tl.where(dirty > 0, DIRTY, 0)
         seen = sees.to(tl.int32)
-        to = list_at + count + tl.cumsum(seen, axis=0) - seen
+        before = count + tl.cumsum(seen, axis=0) - seen
+        flagged = masked
+        to = list_at + before
+        if MASKED_FIRST:
+            kept = (sees & masked).to(tl.int32)
+            masked_before = masked_so_far + tl.cumsum(kept, axis=0) - kept
+            to = list_at + tl.where(masked, masked_before, n_masked + before - masked_before)
+            masked_so_far += tl.sum(kept, axis=0)
+            flagged = masked | (to == list_at)
+        entry = tiles + tl.where(flagged, MASKED, 0) + tl.where(dirty > 0, DIRTY, 0)
         tl.store(entries_ptr + to, entry, mask=sees)
         count += tl.sum(seen, axis=0)
         covered = tl.maximum(covered, tl.max((sees & (masked == 0)).to(tl.int32), axis=0))
     tl.store(entries_ptr + list_at + count, 0)
+    if MASKED_FIRST:
+        tl.store(entries_ptr + list_at + n_tiles_q + 1, tl.maximum(n_masked, tl.minimum(count, 1)))
     tl.store(counts_ptr + which * n_tiles_k + tile_n, count + tl.where(covered > 0, COVERED, 0))
 
 
@@ -238,6 +266,7 @@ def dq_rows(
     scale,
     HEAD_DIM: tl.constexpr,
     HAS_INTERVALS: tl.constexpr,
+    LAST_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -247,8 +276,11 @@ def dq_rows(
     ``row_numbers``.
     """
     PARTS: tl.constexpr = BLOCK_M * BLOCK_D // 4096
-    part = tl.program_id(0) % PARTS
-    tile_at = (tl.program_id(0) // PARTS).to(tl.int64)
+    program = tl.program_id(0)
+    if LAST_FIRST:  # what was added to last is still in the L2 cache
+        program = tl.num_programs(0) - 1 - program
+    part = program % PARTS
+    tile_at = (program // PARTS).to(tl.int64)
     batch_head, tile = tile_at // n_tiles_q, tile_at % n_tiles_q
     batch, head = batch_head // nheads, batch_head % nheads
     numbers = tl.arange(0, 4096)

@@ -873,7 +873,7 @@ def attention_backward_wide(
         count = gl.load(counts_ptr + list_at + tile_n)
         n = count & COUNT_ENTRIES
         covered = count & COUNT_COVERED
-        entries_ptr += (list_at + tile_n).to(gl.int64) * (n_tiles_q + 1)
+        entries_ptr += (list_at + tile_n).to(gl.int64) * (n_tiles_q + 2)
         which = gl.where(list_stride > 0, batch, 0)
         bounds_at = which * 2 * n_rows
         summary_ptr += (5 * which + 4) * n_tiles_q

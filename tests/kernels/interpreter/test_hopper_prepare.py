@@ -144,7 +144,7 @@ def _kernel(parts: backward_launch.Parts, buffers: backward_launch.Buffers, dk: 
 @pytest.mark.parametrize("feature", ["right_padding", "ends", "packed", "intervals", "one_interval", "nothing"])
 def test_what_is_not_seen(feature: str, dim: int) -> None:
     """Of row tiles that see nothing no sum is zeroed or read; lists are exact, and where they say that all keys of a
-    tile are seen, they are."""
+    tile are seen, they are; for the loop in halves they begin with what masks, at least one."""
     case = replace(BASE, features=(feature,), batch=3, seqlen_q=600, seqlen_k=700, head_dim=dim, v_head_dim=dim)
     built = build(case)
     inputs, intervals = built.inputs, built.inputs.mask.row_intervals
@@ -182,11 +182,18 @@ def test_what_is_not_seen(feature: str, dim: int) -> None:
             entries = buffers.entries[which, tile_n, : count & ((1 << 30) - 1)].tolist()
             listed = [entry & ((1 << 29) - 1) for entry in entries]
             # Between the first and the last key that a row tile sees there may be some that it does not see.
-            assert set(tile.flatten(1).any(1).nonzero().flatten().tolist()) <= set(listed) and listed == sorted(listed)
+            assert set(tile.flatten(1).any(1).nonzero().flatten().tolist()) <= set(listed)
+            first = 0  # how many come first because they mask
+            if parts.config.halves:
+                first = int(buffers.entries[which, tile_n, -1])
+                assert first >= min(len(listed), 1)
+                assert all(bool(entry >> 29 & 1) == (i < first) for i, entry in enumerate(entries))
+            assert listed == sorted(listed[:first]) + sorted(listed[first:])
             if count >> 30:
                 assert tile.flatten(0, 1).any(0).all()
-            for entry, at in zip(entries, listed):
-                assert bool(entry >> 29 & 1) == (not tile[at][sees[which, at]].all())
+            for i, (entry, at) in enumerate(zip(entries, listed)):
+                masks = not tile[at][sees[which, at]].all()
+                assert bool(entry >> 29 & 1) == masks or (parts.config.halves and first == 1 and i == 0)
                 hides = (real[at] & ~sees[which, at]).view(-1, 8).any(1).nonzero().flatten().tolist()
                 assert bool(entry >> 30 & 1) == bool(hides)
                 hidden = int(buffers.summary[which, 4, at])

@@ -248,6 +248,7 @@ def test_sections(mask: str, nheads_k: int, seqlen: int, batch: int, section: in
         ("causal", 32, 1408, 8, 2),
         ("intervals", 32, 4096, 2, 1),
         ("intervals", 32, 4096, 4, 2),
+        ("intervals", 32, 4096, 8, 2),
         ("window", 32, 4096, 4, 1),
     ],
 )

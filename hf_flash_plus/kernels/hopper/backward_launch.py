@@ -30,11 +30,11 @@ L2_BUDGET = 32 * 2**20
 LISTED_WAVES = 2
 LISTED_WAVES_OF_ONE_LIST = 8
 LAST_FIRST = True  # dq's sums are converted in the order opposite to that in which the main kernel makes them
-#: For each key head that a program computes, how many programs of one head there should be to a core: with fewer, the
-#: last ones run alone for long. One H200, D64: under a diagonal, where programs differ, four heads pay at 31 to a core;
-#: under row intervals, where they differ more, padded B8 S4096 with 62 to a core runs at 389 TFLOP/s with one head, 400
-#: with two and 391 with four.
-UNIT_WAVES = {"full": 3, "diagonal": 7, "listed": 15.6}
+#: From how many programs of one key head to a core on a program computes two heads, and four: with fewer, the last
+#: ones run alone for long. One H200, D64: under a diagonal, where programs differ, four heads pay at 31. Under row
+#: intervals, where they differ more, two pay at 31 (padded B8 S2048: 284 and 297 TFLOP/s), and at 62 two, not four (389,
+#: 400, 391).
+UNIT_WAVES = {"full": (6, 12), "diagonal": (14, 28), "listed": (28, 100)}
 PADDED = 128  # rows are padded to a multiple of this
 NO_BOUND = 2**30
 
@@ -434,8 +434,9 @@ def _units(parts: Parts, section: int) -> int:
     batch, _, nheads_k, _, _ = parts.sizes
     kind = "listed" if parts.intervals is not None else "diagonal" if parts.bounds.has_right else "full"
     waves = parts.n_tiles_k * batch * nheads_k / tiles.device_info(parts.q.device).n_cores
-    units = parts.config.units
-    while units > 1 and (parts.splits > 1 or nheads_k % units or section % units or waves < units * UNIT_WAVES[kind]):
+    two, four = UNIT_WAVES[kind]
+    units = min(parts.config.units, 4 if waves >= four else 2 if waves >= two else 1)
+    while units > 1 and (parts.splits > 1 or nheads_k % units or section % units):
         units //= 2
     return units
 

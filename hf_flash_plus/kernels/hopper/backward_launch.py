@@ -32,8 +32,8 @@ LISTED_WAVES_OF_ONE_LIST = 8
 LAST_FIRST = True  # dq's sums are converted in the order opposite to that in which the main kernel makes them
 #: From how many programs of one key head to a core on a program computes two heads, and four: with fewer, the last
 #: ones run alone for long. One H200, D64: under a diagonal, where programs differ, four heads pay at 31. Under row
-#: intervals, where they differ more, two pay at 31 (padded B8 S2048: 284 and 297 TFLOP/s), and at 62 two, not four (389,
-#: 400, 391).
+#: intervals, where they differ more, two pay at 31 (padded B8 S2048: 284 and 297 TFLOP/s), and at 62 two, not four
+#: (389, 400, 391).
 UNIT_WAVES = {"full": (6, 12), "diagonal": (14, 28), "listed": (28, 100)}
 PADDED = 128  # rows are padded to a multiple of this
 NO_BOUND = 2**30

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,9 @@ def record(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> Calla
     """A function that runs all calls in a row and returns their outputs: replays of one CUDA graph, which write the
     same outputs each time; on other devices simply the calls.
 
+    The function holds the calls: a graph has only addresses of the tensors that they read, and a tensor that nobody
+    holds any more is given to somebody else, or (the next graph's capture empties torch's cache) back to the device.
+
     Raises:
         Exception: whatever a call raises that cannot be captured.
     """
@@ -71,17 +75,20 @@ def record(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> Calla
         for call in calls:
             call()
     here.wait_stream(beside)
-    graph, outputs = torch.cuda.CUDAGraph(), []
+    graph, outputs = torch.cuda.CUDAGraph(), list[Tensor]()
     # Relaxed: what the captured code path compiles, it may load. What escapes the capture is found by `errors`.
     with torch.cuda.graph(graph, capture_error_mode="relaxed"):
         for call in calls:
             outputs.append(call())
 
-    def replay() -> list[Tensor]:
-        graph.replay()
-        return outputs
+    return partial(_replay, graph, outputs, tuple(calls))
 
-    return replay
+
+def _replay(
+    graph: torch.cuda.CUDAGraph, outputs: list[Tensor], _held: tuple[Callable[[], Tensor], ...]
+) -> list[Tensor]:
+    graph.replay()
+    return outputs
 
 
 def errors(replay: Callable[[], list[Tensor]], measure: Sequence[Callable[[Tensor], float]]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -76,3 +77,16 @@ def test_what_escapes_the_capture_is_found() -> None:
     torch.cuda.synchronize()
     found = chain.errors(replay, [lambda out: (out - 1).abs().max().item()] * 2)
     assert found[0] == 0.0 and found[1] != found[1]
+
+
+def test_a_recording_holds_what_its_calls_read() -> None:
+    """What a call made for itself is neither given to others nor back to the device while its graph is replayed."""
+
+    def call() -> Callable[[], torch.Tensor]:
+        own = torch.full((2**22,), 3.0, device=CUDA)
+        return lambda: own + 1
+
+    replay = chain.record([call(), call()], CUDA)
+    chain.record([lambda: torch.zeros(4, device=CUDA) + 1], CUDA)  # empties torch's cache
+    others = [torch.zeros(2**22, device=CUDA) for _ in range(4)]
+    assert all((out == 4).all().item() for out in replay()) and not any(other.any().item() for other in others)

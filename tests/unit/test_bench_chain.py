@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hf_flash_plus.bench import chain, report, timing
+from hf_flash_plus.bench import chain, kernels, report, timing
 from hf_flash_plus.bench import config as configuration
 from hf_flash_plus.bench.config import Case, ConfigError
 from hf_flash_plus.bench.kernels import run_kernels
@@ -193,6 +196,60 @@ def test_a_call_that_is_not_in_the_graph_is_wrong() -> None:
 
 
 # --- records ---
+
+
+class _Graph:
+    """Stands in for a CUDA graph, which holds no tensor that was there before its capture."""
+
+    def replay(self) -> None:
+        pass
+
+
+def _stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(wait_stream=ignore)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device=None: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _graph, **_options: nullcontext())
+
+
+def test_a_recording_holds_what_its_calls_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph has addresses only. What a call made for itself (row intervals, a mask) must live as long as replays."""
+    _stand_in_for_cuda(monkeypatch)
+
+    def prepare() -> tuple[Callable[[], Tensor], weakref.ref[Tensor]]:
+        own = torch.ones(3)
+        return lambda: own + 1, weakref.ref(own)
+
+    call, own = prepare()
+    replay = chain.record([call], torch.device("cuda", 0))
+    del call
+    assert own() is not None and torch.equal(replay()[0], torch.full((3,), 2.0))
+    del replay
+    assert own() is None
+
+
+def test_a_chain_holds_what_its_peer_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While all peers are timed, after the others were recorded."""
+    _stand_in_for_cuda(monkeypatch)
+    record, measured = chain.record, timing.measure
+    monkeypatch.setattr(kernels.chain, "record", lambda calls, _device: record(calls, torch.device("cuda", 0)))
+    monkeypatch.setattr(kernels.chain, "errors", lambda *_: [0.0])
+    made: list[weakref.ref[Tensor]] = []
+
+    def own(_problem: Problem, prepared: Prepared) -> Callable[[], Tensor]:
+        tensor = torch.zeros(())
+        made.append(weakref.ref(tensor))
+        return lambda: prepared.forward() + tensor
+
+    def measure(*arguments: Any, **options: Any) -> Any:
+        assert len(made) == 4 and all(tensor() is not None for tensor in made)
+        return measured(*arguments, **options)
+
+    monkeypatch.setattr(kernels, "measure", measure)
+    peer(monkeypatch, "own", own)
+    assert run({"peers": ["own", "sdpa"]})["own"]["layers"] == 3 and len(made) == 4
 
 
 def test_what_cannot_be_recorded_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:

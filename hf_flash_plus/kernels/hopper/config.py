@@ -42,7 +42,7 @@ class Config:
         turns: two warpgroups start their matrix products in turn.
         listed: for INTERVALS: only tiles that see something are numbered (they are listed by a launch of its own), each
             is published as soon as the first K of the one before is under way, and rows' bounds come with Q, into
-            shared memory. Else all tiles are numbered, as in other modes.
+            shared memory. Else all tiles are numbered, as in other modes, and those that see nothing left out.
         mode: FULL, TAIL, CAUSAL, WINDOW or INTERVALS.
         softcap, sinks: the call has them.
         consumer_registers, other_registers: per thread of the warps that compute and of the others.
@@ -125,8 +125,7 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
         shape = two | {
             "block_n": 64, "chunks": 1, "chunk_dim": 256, "q_buffers": 1, "k_stages": 3, "v_stages": 2,
         }  # fmt: skip
-    # One H200, us without / with the list, neither with the summary: padded B8 S2048 204 / 199, S4096 636 / 622, 16 odd
-    # documents 424 / 375, B64 S256 110 / 115 at head dimension 64; 156 / 166 and 452 / 481 padded at 128; larger ones
-    # were not measured.
+    # One H200, us without / with the list, neither with the summary: padded B8 S2048 219 / 217, S4096 635 / 630, 16 odd
+    # documents 173 / 153, packed 362 / 360 at head dimension 64; larger ones lost 3 to 8 percent by an earlier list.
     listed = mode == INTERVALS and dims == (64, 64)
     return Config(v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, listed=listed, **shape)

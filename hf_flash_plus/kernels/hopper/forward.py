@@ -3,8 +3,8 @@
 ``_claim_and_load_k`` (one warp) takes tiles of query rows from a counter, publishes each on a card, and streams K;
 ``_load_q`` and ``_load_v`` (one warp each) load Q and stream V; ``_consume`` (two or three warpgroups of 64 rows each)
 computes; ``_store`` (one warp) sends O, which consumers leave where the tile's Q lay. They meet at mbarriers in shared
-memory (:class:`Shared`). With ``Config.listed`` tiles that see nothing are not claimed: ``_store`` writes the program's
-share of them.
+memory (:class:`Shared`). Tiles of row intervals that see nothing are left out: ``_store`` writes the program's share of
+them.
 
 A consumer's slot overlaps the softmax of one block of keys with the product of the previous one's weights and V::
 
@@ -35,6 +35,7 @@ from .primitives import (
     LOG2E,
     finish_claim,
     give_turn,
+    opaque,
     pack,
     rescale,
     retire,
@@ -61,20 +62,27 @@ from .schedule import (
     block_key,
     empty_tile,
     find_group,
+    find_section,
     hide,
     hide_outside,
+    last_seen,
     leading_hidden,
     listed_heads,
     n_row_tiles,
     needs_hiding,
     publish,
     publish_listed,
+    publish_seen,
     read,
     row_bounds,
     take_card,
     window_bounds,
     write,
 )
+
+#: A tile is claimed when so many blocks of K of the one before are still to be loaded: who claims early takes a tile
+#: from those who finish before. The answer takes 1900 to 4300 cycles, a block about 2500; one to three are equally good.
+LATE = gl.constexpr(2)
 
 #: The copies through tensor descriptors, under the names that Triton 3.6 and later versions give them.
 tma_load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
@@ -147,26 +155,19 @@ def _write_nothing(first_row, batch, head, p, C: gl.constexpr):
     BLOCK_M: gl.constexpr = C.consumers * 64
     PIECES: gl.constexpr = C.v_dim // 8  # of a row, 16 bytes each
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    if C.listed:  # a piece for each thread at a time, from few numbers: the warp that stores O does this on the side
-        ROWS: gl.constexpr = 32 // PIECES
-        piece = gl.arange(0, 32, flat)
-        column = piece % PIECES * 8
-        row = first_row + piece // PIECES
-        at = ((batch.to(gl.int64) * p.seqlen_q + row) * p.nheads + head) * p.v_head_dim + column
-        step = (p.nheads * p.v_head_dim).to(gl.int64) * ROWS
-        end = gl.where(column < p.v_head_dim, p.seqlen_q, 0)
-        for _ in range(BLOCK_M // ROWS // 8):
-            for _ in gl.static_range(8):
-                write_zeros(p.out_ptr + at, row < end)
-                at += step
-                row += ROWS
-    else:
-        piece = gl.arange(0, 8 * PIECES, flat)
-        column = piece % PIECES * 8
-        for part in range(BLOCK_M // 8):
-            row = first_row + part * 8 + piece // PIECES
-            at = ((batch.to(gl.int64) * p.seqlen_q + row) * p.nheads + head) * p.v_head_dim + column
-            write_zeros(p.out_ptr + at, (row < p.seqlen_q) & (column < p.v_head_dim))
+    # A piece for each thread at a time, from few numbers: the warp that stores O does this on the side.
+    ROWS: gl.constexpr = 32 // PIECES
+    piece = gl.arange(0, 32, flat)
+    column = piece % PIECES * 8
+    row = first_row + piece // PIECES
+    at = ((batch.to(gl.int64) * p.seqlen_q + row) * p.nheads + head) * p.v_head_dim + column
+    step = (p.nheads * p.v_head_dim).to(gl.int64) * ROWS
+    end = gl.where(column < p.v_head_dim, p.seqlen_q, 0)
+    for _ in range(BLOCK_M // ROWS // 8):
+        for _ in gl.static_range(8):
+            write_zeros(p.out_ptr + at, row < end)
+            at += step
+            row += ROWS
     value = float("-inf")
     if C.sinks:
         value = gl.load(p.sinks_ptr + head * p.sinks_stride).to(gl.float32)
@@ -174,6 +175,29 @@ def _write_nothing(first_row, batch, head, p, C: gl.constexpr):
     for part in range(BLOCK_M // 32):
         row = first_row + part * 32 + gl.arange(0, 32, flat)
         gl.store(base + row, gl.full([32], value, gl.float32, flat), mask=row < p.seqlen_q)
+
+
+@gluon.jit
+def _write_unseen(number, p, COUNT: gl.constexpr, C: gl.constexpr):
+    """Of the tiles ``number``, ``number + n``, ... (COUNT, up to 32; there are n programs) write those that see
+    nothing. Returns the number that comes next."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    n_tiles = n_row_tiles(p, C)
+    n_programs = gl.num_programs(0)
+    lane = gl.arange(0, 32, LANES)
+    mine = number + lane * n_programs
+    units = mine // p.nheads
+    summary = (units // n_tiles * p.intervals_batch * n_tiles + units % n_tiles) * CARD
+    inside = (lane < COUNT) & (mine < n_tiles * p.n_heads_total)
+    unseen = gl.load(p.summary_ptr + (summary + LAST), mask=inside, other=1) == 0
+    bits = gl.sum(gl.where(unseen, 1 << lane, 0), 0)
+    for _ in range(COUNT):
+        if bits & 1 != 0:
+            unit = number // p.nheads  # a row tile, counted through all batch elements
+            _write_nothing(unit % n_tiles * (C.consumers * 64), unit // n_tiles, number % p.nheads, p, C)
+        bits = bits >> 1
+        number += n_programs
+    return number
 
 
 @gluon.jit
@@ -209,22 +233,67 @@ def _stream_k(k_desc, sm, tile, begin, end, count, p, C: gl.constexpr):
 
 
 @gluon.jit
+def _stream_and_claim(k_desc, counter_ptr, sm, tile, count, p, C: gl.constexpr):
+    """Load the K of a tile, and claim the next one when all but LATE blocks are under way. Returns how many K, and
+    the claim."""
+    early = max(tile.n_blocks - LATE, 0)
+    count = _stream_k(k_desc, sm, tile, 0, early, count, p, C)
+    claimed = start_claim(counter_ptr)
+    return _stream_k(k_desc, sm, tile, early, tile.n_blocks, count, p, C), claimed
+
+
+@gluon.jit
 def _claim_numbered(k_desc, counter_ptr, sm, p, C: gl.constexpr):
-    """Claim tiles among all there are, publish them, stream K; write those that see nothing. Returns how many K."""
+    """Claim tiles, publish them, stream K. Returns how many K."""
     total = n_row_tiles(p, C) * p.n_heads_total
     n_programs = gl.num_programs(0)
     count = 0
     t = 0
     number = gl.program_id(0)
     while number < total:
-        claimed = start_claim(counter_ptr)  # the answer comes while K is loaded
         tile = publish(number, sm.tiles, t % RING, p, C)
-        if C.mode == INTERVALS and tile.n_blocks == 0:
-            _write_nothing(tile.first_row, tile.batch, tile.head, p, C)
+        mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+        t += 1
+        count, claimed = _stream_and_claim(k_desc, counter_ptr, sm, tile, count, p, C)
+        number = finish_claim(claimed) + n_programs
+    write(sm.tiles, (t % RING) * CARD + N_BLOCKS, -1)
+    mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+    return count
+
+
+@gluon.jit
+def _claim_seen(k_desc, counter_ptr, sm, p, C: gl.constexpr):
+    """The same for row intervals, but for tiles that see nothing, which ``_store`` writes. Of a section, those behind
+    the last one that sees something come last, and all programs leave them out together."""
+    # Numbers of its own: what LLVM sees computed in several roles it computes before they part, and keeps in registers
+    # that the warps which compute then lack.
+    own = Problem(
+        opaque(p.seqlen_q), p.seqlen_k, p.offset, opaque(p.nheads), p.group, opaque(p.n_heads_total), opaque(p.section),
+        p.window_left, p.window_right, p.bounds_ptr, p.summary_ptr, opaque(p.intervals_batch), p.sinks_ptr,
+        p.sinks_stride, p.out_ptr, opaque(p.v_head_dim), p.lse_ptr, p.factor, p.cap_factor,
+    )  # fmt: skip
+    total = n_row_tiles(own, C) * own.n_heads_total
+    n_programs = gl.num_programs(0)
+    count = 0
+    t = 0
+    number = gl.program_id(0)
+    known = -1
+    top = 0
+    while number < total:
+        section = find_section(number, own, C)
+        if section.batch * own.intervals_batch != known:
+            known = section.batch * own.intervals_batch
+            top = last_seen(known, own, C)
+        row_tile = top - section.rest // section.size
+        if row_tile < 0:
+            gl.atomic_max(counter_ptr, section.end - n_programs)
+            claimed = start_claim(counter_ptr)
         else:
-            mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
-            t += 1
-        count = _stream_k(k_desc, sm, tile, 0, tile.n_blocks, count, p, C)
+            tile = publish_seen(row_tile, section, sm.tiles, t % RING, own, C)
+            if tile.n_blocks > 0:
+                mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+                t += 1
+            count, claimed = _stream_and_claim(k_desc, counter_ptr, sm, tile, count, p, C)
         number = finish_claim(claimed) + n_programs
     write(sm.tiles, (t % RING) * CARD + N_BLOCKS, -1)
     mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
@@ -270,6 +339,8 @@ def _claim_and_load_k(k_desc, counter_ptr, sm, p, C: gl.constexpr):
     """One warp: claims tiles, publishes them, streams K."""
     if C.listed:
         count = _claim_listed(k_desc, counter_ptr, sm, p, C)
+    elif C.mode == INTERVALS:
+        count = _claim_seen(k_desc, counter_ptr, sm, p, C)
     else:
         count = _claim_numbered(k_desc, counter_ptr, sm, p, C)
     if C.q_buffers > 1:
@@ -398,8 +469,8 @@ def _load_v(v_desc, sm, p, C: gl.constexpr, PIECE: gl.constexpr):
 
 @gluon.jit
 def _store(out_desc, sm, p, C: gl.constexpr):
-    """One warp: sends each finished O, then frees the buffer for the next Q. With ``listed`` it writes, while a tile is
-    computed, some of those that see nothing, in proportion, so that their bytes go out beside all products."""
+    """One warp: sends each finished O, then frees the buffer for the next Q. With row intervals it looks for tiles that
+    see nothing, some while each tile is computed, so that their bytes go out beside all products, and writes them."""
     CONSUMERS: gl.constexpr = C.consumers
     if C.listed:
         heads = listed_heads(p)
@@ -408,12 +479,23 @@ def _store(out_desc, sm, p, C: gl.constexpr):
         n_empty = (n_units - n_seen) * heads
         share = (n_units - 1) // max(n_seen, 1) * gl.num_programs(0)  # beside a tile: not fewer than there are to one
         empty = gl.program_id(0)
+    elif C.mode == INTERVALS:
+        own = Problem(  # see _claim_seen
+            opaque(p.seqlen_q), p.seqlen_k, p.offset, opaque(p.nheads), p.group, opaque(p.n_heads_total),
+            opaque(p.section), p.window_left, p.window_right, p.bounds_ptr, p.summary_ptr, opaque(p.intervals_batch),
+            p.sinks_ptr, p.sinks_stride, p.out_ptr, opaque(p.v_head_dim), p.lse_ptr, p.factor, p.cap_factor,
+        )  # fmt: skip
+        total = n_row_tiles(own, C) * own.n_heads_total
+        empty = gl.program_id(0)
     t = 0
     tile = _await_card(sm, 0, C)
     while tile.n_blocks >= 0:
         buffer = t % C.q_buffers
         if C.listed:
             empty = _write_empty_tiles(empty, min(empty + share, n_empty), n_units, heads, p, C)
+        elif C.mode == INTERVALS:  # noqa: SIM102 (one condition is the compiler's)
+            if empty < total:
+                empty = _write_unseen(empty, own, 8, C)
         for w in gl.static_range(CONSUMERS):
             at = buffer * C.consumers + w
             mbarrier.wait(sm.out_full.index(at), (t // C.q_buffers) & 1)
@@ -427,6 +509,9 @@ def _store(out_desc, sm, p, C: gl.constexpr):
         tile = _await_card(sm, t, C)
     if C.listed:
         _write_empty_tiles(empty, n_empty, n_units, heads, p, C)
+    elif C.mode == INTERVALS:
+        while empty < total:
+            empty = _write_unseen(empty, own, 32, C)
 
 
 @gluon.jit
@@ -680,37 +765,16 @@ def _consume_overlapped(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
     SKIP: gl.constexpr = C.mode == CAUSAL and C.consumers * 64 > BLOCK_N
     zeros = gl.full([64, BLOCK_N], 0.0, gl.float32, S_LAYOUT)
     acc = gl.full([64, C.v_dim], 0.0, gl.float32, O_LAYOUT)
-    t = 0
-    # The first block of the first tile.
-    row_start, row_end = _bounds(tile, p, W, S_ROWS, C)
+    # Before the first tile one is made up, of which no block is left: it ends in a slot with the first block of the
+    # next, like any other, but that its O goes nowhere. A slot of its own for the first block was a fifth of the code.
+    t = -1
+    count = 0
     _wait(sm.k_full, 0, C.k_stages)
-    skipped = 0
-    if SKIP:
-        skipped = leading_hidden(tile, p, W, C)
-        if skipped > 0:
-            _wait(sm.v_full, 0, C.v_stages)
-            _wait(sm.k_full, 1, C.k_stages)
     if C.turns and W == 0:
         give_turn(1, C)
-    take_turn(W, C)
-    scores = _start_scores(sm, 0, skipped, zeros, W, C)
-    give_turn(W, C)
-    top, total = _start_softmax(tile, p, S_ROWS, C)
-    scores = warpgroup_mma_wait(0, deps=[scores])
-    _free_k(sm, 0, skipped, C)
-    scores = _capped(scores, p, sm.v.dtype, C)
-    if C.mode != FULL:
-        scores = _hidden(scores, skipped, sm, 0, tile, row_start, row_end, p, W, S_LAYOUT, C)
-    top, decay, weights = softmax_step(scores, top, p.factor, MAY_BE_EMPTY)
-    total = _first_total(weights, total, decay, C)
-    pairs = pack(weights, BLOCK_N, sm.v.dtype)
-    count = skipped + 1
-    _wait(sm.k_full, count, C.k_stages)
-    _wait(sm.v_full, count - 1, C.v_stages)
-    mbarrier.arrive(sm.slot_done.index(0), count=1)
-    if SKIP and skipped > 0:
-        mbarrier.arrive(sm.slot_done.index(1 % slots(C)), count=1)
-    begin = count
+    top, total = gl.full([64], 0.0, gl.float32, S_ROWS), gl.full([64], 0.0, gl.float32, S_ROWS)
+    pairs = pack(zeros, BLOCK_N, sm.v.dtype)
+    begin = tile.n_blocks
     more = 1
     while more > 0:
         acc, pairs, top, total, count = _all_slots(
@@ -730,7 +794,8 @@ def _consume_overlapped(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
                     _wait(sm.k_full, count + 1, C.k_stages)
             take_turn(W, C)
             next_scores = _start_scores(sm, t + 1, count + skipped, zeros, W, C)
-            next_acc = _start_values(acc, pairs, sm, count - 1, P_LAYOUT, C)
+            # (The block before the first is none: any V does, and what comes of it is dropped.)
+            next_acc = _start_values(acc, pairs, sm, count + (C.v_stages - 1), P_LAYOUT, C)
             give_turn(W, C)
             next_top, next_total = _start_softmax(next_tile, p, S_ROWS, C)
             scores = warpgroup_mma_wait(1, deps=[next_scores])
@@ -745,7 +810,8 @@ def _consume_overlapped(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
             if C.early_free:
                 mbarrier.arrive(sm.slot_done.index(count % slots(C)), count=1)
             pairs = pack(weights, BLOCK_N, sm.v.dtype)
-            _finish(acc, top, total, sm, t, p, W, O_ROWS, C)
+            if t >= 0:
+                _finish(acc, top, total, sm, t, p, W, O_ROWS, C)
             _wait(sm.k_full, count + skipped + 1, C.k_stages)
             _wait(sm.v_full, count + skipped, C.v_stages)
             if not C.early_free:

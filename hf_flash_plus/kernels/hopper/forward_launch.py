@@ -323,7 +323,8 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
     if plan.config.listed:
         section = max(1, IN_FLIGHT // (plan.config.block_n * key_bytes))
     else:
-        section = _section(batch * nheads_k, seqlen_k * key_bytes) * (nheads // nheads_k)
+        together = nheads_k if plan.config.mode == config.INTERVALS else batch * nheads_k
+        section = _section(together, seqlen_k * key_bytes) * (nheads // nheads_k)
     factor, cap_factor = (scale * _LOG2E, 0.0)
     if softcap > 0.0:
         # What the kernel's tanh wants: see forward._capped.

@@ -6,9 +6,10 @@ others read that. The forward kernel publishes all of every tile so, on a card: 
 Blocks that need masking come first: those at the end of the tile's keys, downwards, then those at the beginning,
 upwards; then the blocks that all rows see, downwards. The online softmax does not mind.
 
-Row intervals leave tiles that see nothing. With ``Config.listed`` the forward kernel gets a list of the others
-(``intervals.list_tiles``) and numbers only these: batch element by batch element, as many heads at a time as find their
-keys in the L2 cache together, and for these the tiles from the last rows to the first.
+Row intervals leave tiles that see nothing. The forward kernel numbers tiles batch element by batch element, as many
+heads at a time as find their keys in the L2 cache together (a section), and for these the tiles from the last rows that
+see something to the first: most of those that see nothing come last in their section, and programs skip to its end.
+With ``Config.listed`` it gets a list of the others (``intervals.list_tiles``) and numbers only these.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Problem(NamedTuple):
     nheads: gl.tensor
     group: gl.tensor  # query heads to a key head
     n_heads_total: gl.tensor  # batch * nheads
-    section: gl.tensor  # how many heads are in flight together; with ``listed`` how many blocks of keys (of a key head)
+    section: gl.tensor  # heads in flight together (INTERVALS: of a batch element); with ``listed`` blocks of keys
     window_left: gl.tensor
     window_right: gl.tensor
     bounds_ptr: gl.tensor  # (batch or 1, row tiles * BLOCK_M, 2): rows' keys [start, end)
@@ -85,6 +86,16 @@ class Tile(NamedTuple):
     first_key: gl.tensor
     whole_first: gl.tensor
     whole_last: gl.tensor
+
+
+class Section(NamedTuple):
+    """Tiles of heads of one batch element that are in flight together, and where one of them stands."""
+
+    batch: gl.tensor
+    head: gl.tensor  # the first
+    size: gl.tensor  # how many heads
+    rest: gl.tensor  # the tile's number in the section
+    end: gl.tensor  # the number of the first tile of the next section
 
 
 class Group(NamedTuple):
@@ -200,23 +211,11 @@ def look_up(number, tiles, slot, p, WARPS: gl.constexpr, C: gl.constexpr):
 
 @gluon.jit
 def publish(number, tiles, slot, p, C: gl.constexpr):
-    """Fill a card with tile ``number``, and return the tile (no warpgroup's). For INTERVALS ``n_blocks`` is 0 where no
-    row sees anything."""
+    """Fill a card with tile ``number``, and return the tile; not for INTERVALS."""
     first_row, batch, head = place(number, p, C)
     at = slot * CARD
     n_end, n_begin, first = 0, 0, 0
-    if C.mode == INTERVALS:
-        BLOCK_M: gl.constexpr = C.consumers * 64
-        LAST_FIELD: gl.constexpr = WHOLE + 2 * C.consumers
-        summary = p.summary_ptr + (batch * p.intervals_batch * n_row_tiles(p, C) + first_row // BLOCK_M) * CARD
-        n_blocks = gl.where(gl.load(summary + LAST) > 0, gl.load(summary + N_BLOCKS), 0)
-        n_end, n_begin, first = gl.load(summary + N_END), gl.load(summary + N_BEGIN), gl.load(summary + FIRST)
-        write(tiles, at + SOME_EMPTY, gl.load(summary + SOME_EMPTY))
-        for field in gl.static_range(LAST, GAPS + 1):
-            write(tiles, at + field, gl.load(summary + field))
-        for field in gl.static_range(WHOLE, LAST_FIELD):
-            write(tiles, at + field, gl.load(summary + field))
-    elif C.mode == WINDOW:
+    if C.mode == WINDOW:
         n_blocks, n_end, n_begin, first = _window_blocks(first_row, p, C)
     else:
         n_blocks = _all_keys(first_row, p, C)
@@ -229,6 +228,56 @@ def publish(number, tiles, slot, p, C: gl.constexpr):
         write(tiles, at + N_BEGIN, n_begin)
         write(tiles, at + FIRST, first)
     return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, 0, 0)
+
+
+@gluon.jit
+def find_section(number, p, C: gl.constexpr):
+    """The section of tile ``number``, for INTERVALS: sections do not cross batch elements."""
+    n_tiles = n_row_tiles(p, C)
+    batch = number // (n_tiles * p.nheads)
+    rest = number - batch * (n_tiles * p.nheads)
+    first = rest // (n_tiles * p.section) * p.section
+    size = min(p.section, p.nheads - first)
+    rest -= first * n_tiles
+    return Section(batch, first, size, rest, number - rest + size * n_tiles)
+
+
+@gluon.jit
+def last_seen(batch, p, C: gl.constexpr):
+    """The last tile of rows that sees something, of a batch element of the row intervals; -1 where none does."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    n_tiles = n_row_tiles(p, C)
+    summary = p.summary_ptr + batch * n_tiles * CARD
+    found = -1
+    end = n_tiles
+    while (end > 0) & (found < 0):
+        tile = end - 1 - gl.arange(0, 32, LANES)
+        last = gl.load(summary + (tile * CARD + LAST), mask=tile >= 0, other=0)
+        found = gl.max(gl.where(last > 0, tile, -1), 0)
+        end -= 32
+    return found
+
+
+@gluon.jit
+def publish_seen(row_tile, section, tiles, slot, p, C: gl.constexpr):
+    """The same as :func:`publish` for INTERVALS; ``n_blocks`` of the tile that is returned is 0 where no row sees
+    anything. All fields of the card are written at once: one by one, some would be loaded only when others are written,
+    each at the latency of the L2 cache."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    head = section.head + section.rest % section.size
+    first_row = row_tile * (C.consumers * 64)
+    field = gl.arange(0, CARD, LANES)
+    summary = p.summary_ptr + (section.batch * p.intervals_batch * n_row_tiles(p, C) + row_tile) * CARD
+    numbers = gl.load(summary + field)
+    numbers = gl.where(field == ROW, first_row, numbers)
+    numbers = gl.where(field == BATCH, section.batch, numbers)
+    numbers = gl.where(field == HEAD, head, numbers)
+    cards = tiles._reinterpret(gl.int32, [RING, CARD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    cards.index(slot).store(numbers)
+    at = slot * CARD
+    n_blocks = gl.where(read(tiles, at + LAST, 1) > 0, read(tiles, at + N_BLOCKS, 1), 0)
+    n_end, n_begin, first = read(tiles, at + N_END, 1), read(tiles, at + N_BEGIN, 1), read(tiles, at + FIRST, 1)
+    return Tile(first_row, section.batch, head, n_blocks, n_end, n_begin, first, 0, 0)
 
 
 @gluon.jit

@@ -63,8 +63,9 @@ WHOLE, PADDED, PAGED = 0, 1, 2
 #: What was measured to be best on sm90 for a few rows, by bytes of a head's row (128, 256), number of programs without
 #: splits (see :func:`programs_class`), of keys (:func:`keys_class`), and kind (where one is missing, that of WHOLE
 #: serves): keys of a tile, warps, stages, keys to prefetch, keys of a split at least, programs for each multiprocessor.
-#: ``python -m hf_flash_plus.kernels.tune_decode`` measures them (these: one H200, Triton 3.6, 2026-11-28); a class
-#: that is not here is computed by the rule in :func:`_way`.
+#: ``python -m hf_flash_plus.kernels.tune_decode`` measures them (these: one H200, Triton 3.6, 2026-11-28; whole keys of
+#: the classes (256, 2, 1 to 3) and (128, 3, 2) by calls in a row, a day later); a class that is not here is computed by
+#: the rule in :func:`_way`.
 _SM90_WAYS: dict[tuple[int, int, int, int], tuple[int, int, int, int, int, int]] = {
     (128, 0, 0, 0): (64, 4, 3, 128, 64, 1),
     (128, 0, 1, 0): (128, 4, 3, 0, 128, 1),
@@ -90,7 +91,9 @@ _SM90_WAYS: dict[tuple[int, int, int, int], tuple[int, int, int, int, int, int]]
     (128, 2, 3, 0): (64, 4, 4, 0, 64, 2),
     (128, 3, 0, 0): (64, 4, 3, 0, 64, 1),
     (128, 3, 1, 0): (64, 4, 3, 0, 64, 1),
-    (128, 3, 2, 0): (64, 4, 4, 0, 64, 1),
+    (128, 3, 2, 0): (64, 4, 3, 0, 64, 1),
+    (128, 3, 2, 1): (64, 4, 4, 0, 64, 1),
+    (128, 3, 2, 2): (64, 4, 4, 0, 64, 1),
     (128, 3, 3, 0): (64, 4, 3, 0, 64, 1),
     (256, 0, 0, 0): (64, 4, 3, 0, 64, 1),
     (256, 0, 1, 0): (64, 4, 3, 0, 256, 1),
@@ -107,13 +110,15 @@ _SM90_WAYS: dict[tuple[int, int, int, int], tuple[int, int, int, int, int, int]]
     (256, 1, 2, 2): (64, 4, 3, 0, 64, 2),
     (256, 1, 3, 0): (64, 4, 3, 0, 64, 2),
     (256, 2, 0, 0): (64, 4, 3, 0, 64, 1),
-    (256, 2, 1, 0): (64, 4, 3, 0, 64, 1),
+    (256, 2, 1, 0): (128, 4, 3, 0, 128, 1),
     (256, 2, 1, 1): (64, 4, 3, 0, 64, 2),
     (256, 2, 1, 2): (64, 4, 3, 0, 64, 2),
-    (256, 2, 2, 0): (64, 4, 3, 0, 64, 2),
+    (256, 2, 2, 0): (128, 4, 3, 0, 128, 1),
     (256, 2, 2, 1): (64, 4, 3, 0, 64, 4),
     (256, 2, 2, 2): (64, 4, 3, 0, 64, 2),
-    (256, 2, 3, 0): (64, 4, 3, 0, 64, 2),
+    (256, 2, 3, 0): (64, 4, 4, 0, 64, 1),
+    (256, 2, 3, 1): (64, 4, 3, 0, 64, 2),
+    (256, 2, 3, 2): (64, 4, 3, 0, 64, 2),
     (256, 3, 0, 0): (32, 4, 4, 0, 32, 1),
     (256, 3, 1, 0): (64, 4, 4, 0, 64, 1),
     (256, 3, 2, 0): (128, 4, 3, 0, 128, 1),

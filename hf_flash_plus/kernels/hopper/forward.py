@@ -81,7 +81,7 @@ from .schedule import (
 )
 
 #: A tile is claimed when so many blocks of K of the one before are still to be loaded: who claims early takes a tile
-#: from those who finish before. The answer takes 1900 to 4300 cycles, a block about 2500; one to three are equally good.
+#: from those who finish before. The answer takes 1900 to 4300 cycles, a block about 2500; one to three are as good.
 LATE = gl.constexpr(2)
 
 #: The copies through tensor descriptors, under the names that Triton 3.6 and later versions give them.

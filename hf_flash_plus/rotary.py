@@ -181,10 +181,30 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form) -> tuple[
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         result: tuple[Tensor, Tensor] = _Rotate.apply(q, k, cos, sin, form)
         return result
-    return _forward(q, k, cos, sin, form)
+    q_out, k_out, ticket = _forward(q, k, cos, sin, form)
+    if ticket is not None:
+        _last[form] = ticket
+    return q_out, k_out
 
 
-def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+#: By form, what can repeat the last call that no gradient was asked of.
+_last: dict[Form, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None]] = {}
+
+
+def recall(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form) -> tuple[Tensor, Tensor] | None:
+    """What :func:`rotate` returns, where the last call was like this one but for its data and no gradient is asked for;
+    None else. Takes tensors only, of any kind."""
+    ticket = _last.get(form)
+    if (
+        ticket is None
+        or not type(q) is type(k) is type(cos) is type(sin) is Tensor
+        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or cos.requires_grad or sin.requires_grad))
+    ):
+        return None
+    return ticket(q, k, cos, sin)
+
+
+def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form) -> tuple[Tensor, Tensor, Any]:
     in_half = not form.upcast and cos.dtype == q.dtype
     # Products of float32 numbers are rounded as they are.
     return _launch(q, k, cos, sin, form, q.dtype if form.cast or in_half else torch.float32, in_half, backward=False)
@@ -192,7 +212,7 @@ def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form) -> tupl
 
 def _launch(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form, dtype: torch.dtype, rounded: bool, backward: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Any]:
     from .kernels import rotary, tiles
 
     rotation = rotary.Rotation(
@@ -206,7 +226,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.form, ctx.dtype = form, q.dtype
-        return _forward(q, k, cos, sin, form)
+        return _forward(q, k, cos, sin, form)[:2]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -214,4 +234,5 @@ class _Rotate(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         q_grad, k_grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_grad, k_grad))
         rounded = not ctx.form.one_gradient
-        return (*_launch(q_grad, k_grad, cos, sin, ctx.form, ctx.dtype, rounded, backward=True), None, None, None)
+        gradients = _launch(q_grad, k_grad, cos, sin, ctx.form, ctx.dtype, rounded, backward=True)
+        return (*gradients[:2], None, None, None)

@@ -241,13 +241,12 @@ def _dispatcher(original: Callable[..., Any], form: rotary.Form) -> Callable[...
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: rotary.Form) -> tuple[Tensor, Tensor] | None:
     """What the kernel makes of a call; None where it does not serve."""
-    if (
-        not _enabled()
-        or not rotary.serves(q, k, cos, sin, form)
-        or not _TRITON.runs_on(q)
-        or torch._C._are_functorch_transforms_active()
-    ):
-        logger.debug("rotary embedding: served by the model's own function")
-        return None
-    logger.debug("rotary embedding: q %s, served by our kernel", q.shape)
-    return rotary.rotate(q, k, cos, sin, form)
+    if _enabled() and not torch._C._are_functorch_transforms_active():
+        found = rotary.recall(q, k, cos, sin, form)
+        if found is None and rotary.serves(q, k, cos, sin, form) and _TRITON.runs_on(q):
+            found = rotary.rotate(q, k, cos, sin, form)
+        if found is not None:
+            logger.debug("rotary embedding: q %s, served by our kernel", q.shape)
+            return found
+    logger.debug("rotary embedding: served by the model's own function")
+    return None

@@ -8,7 +8,7 @@ the result are the same (``enable_fp_fusion`` is off: a product and a sum are tw
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .launch import Launch, Plan, _cdiv
+from .launch import Launch, Plan, _cdiv, addresses, hooked, raw_stream, starter
 
 #: Elements of a head block that a program of four warps rotates at once.
 _BLOCK = 2048
@@ -215,9 +215,66 @@ def rotary_launch(
 
 def rotate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Ticket | None]:
     """``q`` and ``k`` rotated (shapes as in :func:`rotary_launch`), in new tensors of a dtype and, where they have no
-    gaps, of their strides."""
+    gaps, of their strides; and a ticket for calls that differ in their data only, where there is one."""
     q_out, k_out = torch.empty_like(q, dtype=dtype), torch.empty_like(k, dtype=dtype)
-    rotary_launch(rotation, q, k, cos, sin, q_out, k_out).run()
-    return q_out, k_out
+    launch = rotary_launch(rotation, q, k, cos, sin, q_out, k_out)
+    launch.run()
+    return q_out, k_out, Ticket.of(launch)
+
+
+def _signature(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[object, ...]:
+    """All of a call but its data."""
+    return (
+        q.shape, k.shape, cos.shape, sin.shape, q.stride(), k.stride(), cos.stride(), sin.stride(),
+        q.dtype, k.dtype, cos.dtype, sin.dtype, q.device, k.device, cos.device, sin.device,
+    )  # fmt: skip
+
+
+class Ticket:
+    """A launch with everything fixed but the addresses: in eager decoding all layers of all steps ask for the same, and
+    the host's time decides.
+
+    It looks itself at what may differ from the call that it was made from: the tensors' shapes, strides, dtypes and
+    devices, the current device and stream, somebody who watches Triton's launches, and addresses that are no multiples
+    of 16.
+    """
+
+    __slots__ = ("_device", "_first", "_launcher", "_outputs", "_rest", "_signature", "_stream")
+
+    def __init__(self, launch: Launch, compiled: Any) -> None:
+        q, k, cos, sin, q_out, k_out = launch.arguments[: launch.tensors]
+        self._signature = _signature(q, k, cos, sin)
+        self._device = launch.key[0]
+        self._stream = raw_stream(self._device)
+        self._launcher, self._first = starter(compiled, launch.n_programs, self._stream)
+        self._rest = (*launch.arguments[launch.tensors :], *launch.plan.constexprs)
+        options = {"dtype": q_out.dtype, "device": q_out.device}
+        self._outputs = [(tuple(x.shape), x.stride(), options) for x in (q_out, k_out)]
+
+    @classmethod
+    def of(cls, launch: Launch) -> Ticket | None:
+        """The ticket of a launch that took place; None where each such call must be launched anew."""
+        if not launch.plan.reusable or addresses(launch.arguments[: launch.tensors])[1]:
+            return None
+        compiled = launch.plan.find(launch.key)
+        return None if compiled is None else cls(launch, compiled)
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What :func:`rotate` returns but the ticket; None where the call must be launched anew."""
+        device = self._device
+        pointers = q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        if (
+            (pointers[0] | pointers[1] | pointers[2] | pointers[3]) & 15
+            or _signature(q, k, cos, sin) != self._signature
+            or raw_stream(device) != self._stream
+            or torch._C._cuda_getDevice() != device
+            or hooked()
+        ):
+            return None
+        (q_shape, q_strides, options), (k_shape, k_strides, _) = self._outputs
+        q_out = torch.empty_strided(q_shape, q_strides, **options)
+        k_out = torch.empty_strided(k_shape, k_strides, **options)
+        self._launcher(*self._first, *pointers, q_out.data_ptr(), k_out.data_ptr(), *self._rest)
+        return q_out, k_out

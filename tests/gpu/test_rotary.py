@@ -92,6 +92,47 @@ def test_replays_with_changed_inputs() -> None:
     assert torch.equal(found[1], rotary.reference(k, cos, sin, Form()))
 
 
+def test_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls like the last one but for their data are launched at once; others anew, and all are right."""
+    from hf_flash_plus.kernels.rotary import Ticket
+
+    served = []
+    launch = Ticket.__call__
+
+    def watched(self: Any, *tensors: torch.Tensor) -> Any:
+        found = launch(self, *tensors)
+        served.append(found is not None)
+        return found
+
+    monkeypatch.setattr(Ticket, "__call__", watched)
+    monkeypatch.setattr(rotary, "_last", {})
+    torch.manual_seed(0)
+
+    def ask(*shape: int, dtype: torch.dtype = BF16, offset: int = 0) -> None:
+        room = random(shape[0], shape[1], (shape[2] + 2) * 64 + offset, dtype=dtype)[..., offset:]
+        q = room[..., : shape[2] * 64].unflatten(-1, (-1, 64)).transpose(1, 2)
+        k = room[..., shape[2] * 64 :].unflatten(-1, (-1, 64)).transpose(1, 2)
+        cos, sin = (random(shape[0], shape[1], 64, dtype=dtype) for _ in range(2))
+        found = rotary.recall(q, k, cos, sin, Form()) or rotary.rotate(q, k, cos, sin, Form())
+        assert torch.equal(found[0], rotary.reference(q, cos, sin, Form()))
+        assert torch.equal(found[1], rotary.reference(k, cos, sin, Form()))
+
+    for _ in range(3):
+        ask(3, 1, 8)
+    assert served == [True, True]
+    ask(3, 5, 8)  # other shapes
+    ask(3, 5, 8, dtype=FP16)
+    ask(3, 5, 8, dtype=FP16, offset=1)  # addresses that are no multiples of 16, and other strides
+    ask(3, 5, 8, dtype=FP16)
+    assert served == [True, True, False, False, False, True]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        ask(3, 5, 8, dtype=FP16)
+        ask(3, 5, 8, dtype=FP16)
+    stream.synchronize()
+    assert served[6:] == [False, True]
+
+
 MODELS = {
     "llama": {},
     "gpt_neox": {"rotary_pct": 0.25},

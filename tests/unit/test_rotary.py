@@ -136,3 +136,83 @@ def test_served(form: Form, changes: dict[str, Any]) -> None:
 )
 def test_left_to_the_model(form: Form, changes: dict[str, Any]) -> None:
     assert not rotary.serves(*call(**changes), form)
+
+
+class _Launches:
+    """Stands in for a compiled kernel's launcher: what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, *arguments: Any) -> None:
+        self.calls.append(arguments)
+
+
+@pytest.fixture
+def ticket(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A ticket for ``call()``, on a device that is not there, and its launches."""
+    kernel = pytest.importorskip("hf_flash_plus.kernels.rotary")
+    launches = _Launches()
+    monkeypatch.setattr(kernel, "raw_stream", lambda device: 7)
+    monkeypatch.setattr(kernel, "starter", lambda compiled, n_programs, stream: (launches, (n_programs, stream)))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    rotation = kernel.Rotation(kernel.tiles.DeviceInfo("sm90", 132), 8, 8, False, False, True, False)
+    tensors = call()
+    built = kernel.rotary_launch(rotation, *tensors, torch.empty_like(tensors[0]), torch.empty_like(tensors[1]))
+    return kernel.Ticket(built, object()), launches
+
+
+def test_a_ticket_launches_with_the_addresses_of_the_call(ticket: Any) -> None:
+    serve, launches = ticket
+    tensors = call()
+    q_out, k_out = serve(*tensors)
+    assert q_out.shape == tensors[0].shape and k_out.shape == tensors[1].shape and q_out.dtype == torch.float32
+    (arguments,) = launches.calls
+    n_programs, stream, *pointers = arguments[:8]
+    assert (n_programs, stream) == (2 * 5 * 2, 7)
+    assert pointers == [x.data_ptr() for x in (*tensors, q_out, k_out)]
+    assert arguments[8:11] == tensors[0].stride()[:3] and 5 in arguments
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q": lambda x: torch.zeros(2, 4, 5, 8)},
+        {"k": lambda x: torch.zeros(2, 5, 1, 8).transpose(1, 2)},
+        {"cos": lambda x: x[:1]},
+        {"sin": lambda x: torch.zeros(2, 5, 16)[..., :8]},
+        dict.fromkeys(("q", "k"), half),
+        dict.fromkeys(("cos", "sin"), half),
+        {"q": lambda x: torch.zeros(x.numel() + 1)[1:].view(x.shape)},
+    ],
+)
+def test_a_ticket_declines_what_differs(changes: dict[str, Any], ticket: Any) -> None:
+    serve, launches = ticket
+    assert serve(*call(**changes)) is None and not launches.calls
+
+
+@pytest.mark.parametrize(("name", "value"), [("raw_stream", lambda device: 8), ("hooked", lambda: True)])
+def test_a_ticket_declines_another_stream_and_watched_launches(
+    name: str, value: Any, ticket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve, launches = ticket
+    monkeypatch.setattr(f"hf_flash_plus.kernels.rotary.{name}", value)
+    assert serve(*call()) is None and not launches.calls
+
+
+def test_a_ticket_declines_on_another_device(ticket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)
+    assert ticket[0](*call()) is None
+
+
+def test_recalled_without_gradients_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotary, "_last", {Form(): lambda *tensors: tensors[:2]})
+    tensors = call()
+    assert rotary.recall(*tensors, Form()) == tensors[:2]
+    assert rotary.recall(*tensors, PARTIAL) is None
+    assert rotary.recall(*call(q=torch.nn.Parameter), Form()) is None
+    for name in ("q", "k", "cos", "sin"):
+        watched = call(**{name: lambda x: x.requires_grad_()})
+        assert rotary.recall(*watched, Form()) is None
+        with torch.no_grad():
+            assert rotary.recall(*watched, Form()) is not None

@@ -37,8 +37,9 @@ if forward_launch.gluon_reason() is not None:
     pytest.skip(forward_launch.gluon_reason(), allow_module_level=True)
 
 #: Bytes of registers that a thread may spill, all outside the inner loops. Three warpgroups (head dimension 64) leave
-#: each thread 160 registers, of which causal and full calls spill a few between two tiles.
+#: each thread 160 registers, of which causal and full calls spill some between two tiles, more with softcap and sinks.
 SPILLS = {64: 256, 128: 128, 192: 128, 256: 128}
+SPILLS_OF_TERMS = 512
 #: The same where the last block of keys is masked: paid once a tile.
 TAIL_SPILLS = 512
 
@@ -136,6 +137,8 @@ def test_compiles(variant: Variant) -> None:
     assert not warnings(text), text
     spilled = max(int(n) for n in re.findall(r"(\d+) bytes spill stores", text))
     bound = TAIL_SPILLS if variant.mask == "tail" else SPILLS[variant.dims[0]]
+    if variant.terms and variant.dims[0] == 64:
+        bound = SPILLS_OF_TERMS
     assert spilled <= bound, f"spills {spilled} bytes, allowed are {bound}"
 
 

@@ -22,11 +22,8 @@ from .isolate import Cell, Runner, run_apart, run_here
 #: Plain torch calls: on the CPU they cannot take the process with them.
 HARMLESS = frozenset({"reference", "torch_sdpa"})
 
-#: Which share of the processes the cells of a provider that compiles are dealt to. With nothing compiled yet triton's
-#: took 186 seconds of a core, flaggems' 85, the models' 25, torch's 20.
-PARTS = {"triton": 9 / 16, "flaggems": 4 / 16}
-#: Processes at a time, at most.
-MOST = 16
+#: Which part of the processes the cells of a provider that compiles are dealt to.
+PARTS = {"triton": 2, "flaggems": 4}
 
 #: Memory of a GPU that a process may need: its context, and the largest cell.
 PER_PROCESS = 3 * 2**29
@@ -193,15 +190,12 @@ def check(
         cells = matrix(name, device)
         apart = is_apart(name, device)
         # Dealt out like cards: kernels of each kind are compiled in several processes at once, most of them ours.
-        parts = max(1, int(jobs * PARTS[name])) if apart and name in PARTS else 1
+        parts = max(1, jobs // PARTS[name]) if apart and name in PARTS else 1
         for part in range(parts):
             work.append((compare.run_cell, cells[part::parts], result.rows, apart))
     whole = models.AUTOMATIC if providers is None else None
     for name in [whole] if whole else asked:
-        cells, apart = model_cells(name, device), is_apart(name, device)
-        parts = 2 if apart and jobs == MOST else 1
-        for part in range(parts):
-            work.append((models.run_check, cells[part::parts], result.models, apart))
+        work.append((models.run_check, model_cells(name, device), result.models, is_apart(name, device)))
     lock = threading.Lock()
 
     def run(one: tuple[Runner, list[Cell], list[Row], bool]) -> None:
@@ -221,11 +215,6 @@ def check(
         for future in apart_futures:
             future.result()
     order = {cell: i for i, cell in enumerate(cell for name in asked for cell in matrix(name, device))}
-    asked_of_models = {
-        cell: i
-        for i, cell in enumerate(cell for name in ([whole] if whole else asked) for cell in model_cells(name, device))
-    }
-    result.models.sort(key=lambda row: asked_of_models.get(Cell(row.provider, row.feature, row.dtype, device), -1))
     result.rows.sort(key=lambda row: order.get(Cell(row.provider, row.feature, row.dtype, device), -1))
     result.seconds = time.perf_counter() - begin
     return result
@@ -234,9 +223,9 @@ def check(
 def _jobs(device: str) -> int:
     """How many processes at a time: most of their work is to compile, which keeps a core busy each."""
     if not device.startswith("cuda"):
-        return max(1, min(MOST, _cores() // 2))
+        return max(1, min(12, _cores() // 2))
     free, _ = torch.cuda.mem_get_info(torch.device(device))
-    return max(1, min(MOST, _cores(), free // PER_PROCESS))
+    return max(1, min(12, _cores(), free // PER_PROCESS))
 
 
 def _cores() -> int:

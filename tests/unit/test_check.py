@@ -328,7 +328,7 @@ def test_on_a_gpu_every_cell_is_asked_once(jobs: int, monkeypatch: pytest.Monkey
         ("cpu", 8, 0, 4),
         ("cpu", 1, 0, 1),
         ("cuda", 6, 80, 6),
-        ("cuda:1", 64, 80, 16),
+        ("cuda:1", 64, 80, 12),
         ("cuda", 16, 7, 4),
         ("cuda", 4, 1, 1),
     ],

@@ -204,14 +204,15 @@ def test_loop_and_numbers(mask: str, head_dim: int) -> None:
 
 
 def test_lengths_do_not_recompile() -> None:
-    """Only whether the last tile of keys is full, and how rows lie, makes another kernel."""
+    """Only whether the last tile of keys is full, how rows lie, and whether a program computes one, two or four heads of
+    keys makes another kernel."""
     with compiling_for("sm90"):
-        hashes = set()
-        for seqlen, batch in ((1024, 3), (4096, 1), (8192, 2)):
+        hashes: dict[int, set[str]] = {}
+        for seqlen, batch in ((1024, 3), (4096, 1), (6144, 1), (8192, 1), (3072, 3), (8192, 2), (4096, 9)):
             inputs = call(BF16, 64, batch=batch, seqlen=seqlen, nheads=32, nheads_k=32)
             main = hopper_launches(inputs, "split")["main"]
-            hashes.add(main.warm_up().hash)
-    assert len(hashes) == 1
+            hashes.setdefault(main.plan.options["UNITS"], set()).add(main.warm_up().hash)
+    assert {units: len(found) for units, found in hashes.items()} == {1: 1, 2: 1, 4: 1}
 
 
 @pytest.mark.parametrize(

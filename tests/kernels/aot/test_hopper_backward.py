@@ -204,8 +204,8 @@ def test_loop_and_numbers(mask: str, head_dim: int) -> None:
 
 
 def test_lengths_do_not_recompile() -> None:
-    """Only whether the last tile of keys is full, how rows lie, and whether a program computes one, two or four heads of
-    keys makes another kernel."""
+    """Only whether the last tile of keys is full, how rows lie, and whether a program computes one, two or four key
+    heads makes another kernel."""
     with compiling_for("sm90"):
         hashes: dict[int, set[str]] = {}
         for seqlen, batch in ((1024, 3), (4096, 1), (6144, 1), (8192, 1), (3072, 3), (8192, 2), (4096, 9)):

@@ -6,8 +6,10 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -35,27 +37,61 @@ def run_here(run: Runner, cells: Sequence[Cell]) -> Iterator[Row]:
         yield run(*cell)
 
 
-def run_apart(run: Runner, cells: Sequence[Cell], timeout: float) -> Iterator[Row]:
+class Deal:
+    """Cells that several processes take one after the other, once it is known whether they are wanted."""
+
+    def __init__(self, cells: Iterable[Cell]) -> None:
+        self._cells = deque(cells)
+        self._known = threading.Event()
+
+    def release(self, wanted: bool = True) -> Deal:
+        """Let them be taken; or say that none are wanted."""
+        if not wanted:
+            self._cells.clear()
+        self._known.set()
+        return self
+
+    def take(self) -> Cell | None:
+        """The next cell; None where there is none left. Waits for :meth:`release`."""
+        self._known.wait()
+        try:
+            return self._cells.popleft()
+        except IndexError:
+            return None
+
+
+def run_apart(run: Runner, cells: Sequence[Cell] | Deal, timeout: float) -> Iterator[Row]:
     """Every cell in a spawned process; after a crash or a hang a fresh one goes on with the next cell.
+
+    The first process starts at once, so that what it imports is there when the cells are released.
 
     Args:
         run: an importable function.
         timeout: seconds that one cell may take, compiling its kernels included.
     """
-    waiting = list(cells)
+    deal = cells if isinstance(cells, Deal) else Deal(cells).release()
     context = multiprocessing.get_context("spawn")
-    while waiting:
+    started, cell = False, None
+    while True:
+        if started:
+            cell = deal.take()
+            if cell is None:
+                return
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, run, waiting), daemon=True)
+        process = context.Process(target=_serve, args=(there, run), daemon=True)
         process.start()
         there.close()
+        started = True
         try:
             patience = timeout + STARTING
-            while waiting:
+            while True:
+                cell = cell or deal.take()
+                if cell is None:
+                    return
                 begin = time.monotonic()
-                row = _receive(here, process, waiting[0], patience)
+                row = _ask(here, process, cell, patience)
                 row.seconds = row.seconds or round(time.monotonic() - begin, 1)
-                del waiting[0]
+                cell = None
                 yield row
                 if row.status in (CRASH, HANG) or row.note.endswith(LOST):
                     break
@@ -70,9 +106,10 @@ def run_apart(run: Runner, cells: Sequence[Cell], timeout: float) -> Iterator[Ro
 LOST = "(the device is lost to this process)"
 
 
-def _receive(pipe: Connection, process: Any, cell: Cell, timeout: float) -> Row:
+def _ask(pipe: Connection, process: Any, cell: Cell, timeout: float) -> Row:
     lost = Row(cell.provider, cell.feature, cell.dtype, CRASH)
     try:
+        pipe.send(cell)
         if pipe.poll(timeout):
             row: Row = pipe.recv()
             return row
@@ -91,20 +128,23 @@ def _describe_exit(code: int | None) -> str:
     return f"the process ended with exit code {code}"
 
 
-def _serve(pipe: Connection, run: Runner, cells: Sequence[Cell]) -> None:
-    """The loop of the process: rows out, in the order of the cells."""
+def _serve(pipe: Connection, run: Runner) -> None:
+    """The loop of the process: cells in, rows out."""
     # What libraries print in here (compilers, CUDA's asserts) would tear the parent's table apart.
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
-    for cell in cells:
+    while True:
+        try:
+            cell: Cell = pipe.recv()
+        except EOFError:  # nobody asks any more
+            return
         row = run(*cell)
         if row.status in BAD and not _device_answers(cell.device):
             row.status, row.note = (CRASH if row.status == ERROR else row.status), f"{row.note} {LOST}"
         pipe.send(row)
         if row.note.endswith(LOST):
             return
-    pipe.close()
 
 
 def _device_answers(device: str) -> bool:

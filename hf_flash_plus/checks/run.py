@@ -17,13 +17,14 @@ from ..providers import PROVIDERS
 from . import compare, models
 from .compare import BAD, OK, REFUSED, Row
 from .features import FEATURES
-from .isolate import Cell, Runner, run_apart, run_here
+from .isolate import Cell, Deal, Runner, run_apart, run_here
 
 #: Plain torch calls: on the CPU they cannot take the process with them.
 HARMLESS = frozenset({"reference", "torch_sdpa"})
 
-#: Which part of the processes the cells of a provider that compiles are dealt to.
-PARTS = {"triton": 2, "flaggems": 4}
+#: For so many processes in all one takes the cells of a provider that compiles. On 16 cores with nothing compiled yet
+#: triton's took 186 seconds of a core, flaggems' 85, the models' 25 and torch's 20.
+PARTS = {"triton": 2, "flaggems": 4, models.AUTOMATIC: 6}
 
 #: Memory of a GPU that a process may need: its context, and the largest cell.
 PER_PROCESS = 3 * 2**29
@@ -159,6 +160,16 @@ def is_apart(provider: str, device: str) -> bool:
     return provider != "reference" if device.startswith("cuda") else provider not in (*HARMLESS, models.AUTOMATIC)
 
 
+class _Work:
+    """Cells of one kind that one provider is asked, by how many processes, and where the rows go."""
+
+    def __init__(self, runner: Runner, cells: list[Cell], rows: list[Row], name: str, device: str, jobs: int) -> None:
+        self.runner, self.cells, self.rows, self.name = runner, cells, rows, name
+        self.apart = is_apart(name, device)
+        self.processes = max(1, jobs // PARTS[name]) if name in PARTS else 1
+        self.deal = Deal(cells)
+
+
 def check(
     device: str,
     providers: Sequence[str] | None = None,
@@ -177,47 +188,53 @@ def check(
     """
     begin = time.perf_counter()
     names = list(PROVIDERS) if providers is None else list(providers)
-    found, lost = _all_usable(device, timeout)
-    result = Result(device, found, [row for row in lost if row.provider in names])
-    reasons = {one.provider: one.reason for one in result.providers}
-    asked = [name for name in names if reasons[name] is None]
-    if providers is not None:
-        result.missing = [name for name in names if reasons[name] is not None]
-    result.not_checked = _not_checked(device, [one for one in result.providers if one.reason])
+    result = Result(device, [])
     jobs = jobs or _jobs(device)
-    work: list[tuple[Runner, list[Cell], list[Row], bool]] = []
-    for name in asked:
-        cells = matrix(name, device)
-        apart = is_apart(name, device)
-        # Dealt out like cards: kernels of each kind are compiled in several processes at once, most of them ours.
-        parts = max(1, jobs // PARTS[name]) if apart and name in PARTS else 1
-        for part in range(parts):
-            work.append((compare.run_cell, cells[part::parts], result.rows, apart))
-    whole = models.AUTOMATIC if providers is None else None
-    for name in [whole] if whole else asked:
-        work.append((models.run_check, model_cells(name, device), result.models, is_apart(name, device)))
+    whole = [models.AUTOMATIC] if providers is None else names
+    work = [_Work(compare.run_cell, matrix(name, device), result.rows, name, device, jobs) for name in names]
+    work += [_Work(models.run_check, model_cells(name, device), result.models, name, device, jobs) for name in whole]
     lock = threading.Lock()
 
-    def run(one: tuple[Runner, list[Cell], list[Row], bool]) -> None:
-        runner, cells, rows, apart = one
-        for row in run_apart(runner, cells, timeout) if apart else run_here(runner, cells):
+    def run(one: _Work) -> None:
+        rows = run_apart(one.runner, one.deal, timeout) if one.apart else run_here(one.runner, one.cells)
+        for row in rows:
             with lock:
-                rows.append(row)
+                one.rows.append(row)
                 if report is not None:
                     report(row)
 
     with ThreadPoolExecutor(jobs) as pool:
-        # What runs here runs in this very thread: generators and autocast are its own.
-        apart_futures = [pool.submit(run, one) for one in work if one[3]]
-        for one in work:
-            if not one[3]:
-                run(one)
+        try:
+            # Processes start, and import what they need, while it is asked who can be used.
+            apart_futures = [pool.submit(run, one) for one in work if one.apart for _ in range(one.processes)]
+            found, lost = _all_usable(device, timeout)
+            result.providers, result.rows[:0] = found, [row for row in lost if row.provider in names]
+            reasons = {one.provider: one.reason for one in found}
+            result.not_checked = _not_checked(device, [one for one in found if one.reason])
+            if providers is not None:
+                result.missing = [name for name in names if reasons[name] is not None]
+            for one in work:
+                one.deal.release(reasons.get(one.name) is None)
+            # What runs here runs in this very thread: generators and autocast are its own.
+            for one in work:
+                if not one.apart and reasons.get(one.name) is None:
+                    run(one)
+        except BaseException:  # KeyboardInterrupt, too: nobody waits for the rest
+            for one in work:
+                one.deal.release(wanted=False)
+            raise
         for future in apart_futures:
             future.result()
-    order = {cell: i for i, cell in enumerate(cell for name in asked for cell in matrix(name, device))}
-    result.rows.sort(key=lambda row: order.get(Cell(row.provider, row.feature, row.dtype, device), -1))
+    _sort(result.rows, [cell for name in names for cell in matrix(name, device)])
+    _sort(result.models, [cell for name in whole for cell in model_cells(name, device)])
     result.seconds = time.perf_counter() - begin
     return result
+
+
+def _sort(rows: list[Row], cells: list[Cell]) -> None:
+    """Rows in the order of their cells, those of no cell first."""
+    order = {cell[:3]: i for i, cell in enumerate(cells)}
+    rows.sort(key=lambda row: order.get((row.provider, row.feature, row.dtype), -1))
 
 
 def _jobs(device: str) -> int:

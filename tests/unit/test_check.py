@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -298,28 +299,74 @@ def test_availability_is_asked_apart_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     assert [row.provider for row in lost] == ["flash_attn"]
 
 
+def taken(cells: Any) -> Any:
+    """The cells of a list, or those that are taken from a deal."""
+    if isinstance(cells, list):
+        yield from cells
+        return
+    while (cell := cells.take()) is not None:
+        yield cell
+
+
 @pytest.mark.parametrize("jobs", [1, 8])
-def test_on_a_gpu_every_cell_is_asked_once(jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unusable", [(), ("flash_attn", "flaggems")])
+def test_on_a_gpu_every_cell_is_asked_once(
+    jobs: int, unusable: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The plan for a GPU, without one: what runs apart and what here, dealt to processes, in order again."""
     asked: list[tuple[bool, isolate.Cell]] = []
 
     def answer(apart: bool) -> Callable[..., Any]:
-        def rows(_runner: Any, cells: list[isolate.Cell], *_: Any) -> Any:
-            for cell in cells:
+        def rows(_runner: Any, cells: Any, *_: Any) -> Any:
+            for cell in taken(cells):
                 asked.append((apart, cell))
                 yield Row(*cell[:3], OK, 0.1)
 
         return rows
 
-    monkeypatch.setattr(run, "_all_usable", lambda *_: ([run.Usable(name, None) for name in PROVIDERS], []))
+    found = [run.Usable(name, "not here" if name in unusable else None) for name in PROVIDERS]
+    monkeypatch.setattr(run, "_all_usable", lambda *_: (found, []))
     monkeypatch.setattr(run, "run_apart", answer(True))
     monkeypatch.setattr(run, "run_here", answer(False))
     result = run.check("cuda", jobs=jobs)
-    expected = [cell for name in PROVIDERS for cell in run.matrix(name, "cuda")]
+    expected = [cell for name in PROVIDERS if name not in unusable for cell in run.matrix(name, "cuda")]
+    of_models = run.model_cells(models.AUTOMATIC, "cuda")
     assert [(row.provider, row.feature, row.dtype) for row in result.rows] == [cell[:3] for cell in expected]
-    assert sorted(cell for _, cell in asked) == sorted([*expected, *run.model_cells(models.AUTOMATIC, "cuda")])
+    assert [(row.provider, row.feature, row.dtype) for row in result.models] == [cell[:3] for cell in of_models]
+    assert sorted(cell for _, cell in asked) == sorted([*expected, *of_models])
     assert {cell.provider for apart, cell in asked if not apart} == {"reference"}
     assert result.passed and {row.dtype for row in result.models} == {"fp32", "bf16"}
+    assert [one.provider for one in result.providers if one.reason] == [name for name in PROVIDERS if name in unusable]
+
+
+def test_an_interruption_leaves_no_cell_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[isolate.Cell] = []
+
+    def apart(_runner: Any, cells: Any, *_: Any) -> Any:
+        for cell in taken(cells):
+            asked.append(cell)
+            yield Row(*cell[:3], OK, 0.1)
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_apart", apart)
+    monkeypatch.setattr(run, "_all_usable", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.check("cuda", jobs=4)
+    assert not asked
+
+
+def test_processes_take_cells_from_one_deal() -> None:
+    cells = [isolate.Cell("p", f"fine {i}", "fp32", "cpu") for i in range(6)]
+    deal = isolate.Deal(cells)
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(list, isolate.run_apart(check_runners.misbehave, deal, 20.0)) for _ in range(2)]
+        assert not any(future.done() for future in futures), "they wait"
+        deal.release()
+        rows = [row for future in futures for row in future.result()]
+    assert sorted(row.feature for row in rows) == [cell.feature for cell in cells]
+    assert list(isolate.run_apart(check_runners.misbehave, isolate.Deal(cells).release(wanted=False), 20.0)) == []
 
 
 @pytest.mark.parametrize(

@@ -221,12 +221,14 @@ def _dispatcher(original: Callable[..., Any], form: rotary.Form) -> Callable[...
     takes_heads = "unsqueeze_dim" in inspect.signature(original).parameters
 
     @functools.wraps(original)
-    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not hasattr(cos, _MARK) or args:
-            return original(q, k, cos, sin, *args, **kwargs)
+    def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> Any:
+        # Some functions take less (no keys, tables by name): the model knows what it does.
+        if torch.compiler.is_compiling() or len(args) != 4 or not hasattr(args[2], _MARK):
+            return original(*args, **kwargs)
         heads: Any = kwargs.get("unsqueeze_dim", 1)
         if kwargs and (not takes_heads or kwargs.keys() != {"unsqueeze_dim"} or heads not in (1, 2)):
-            return original(q, k, cos, sin, **kwargs)
+            return original(*args, **kwargs)
+        q, k, cos, sin = args
         if heads == 2:  # (batch, seqlen, heads, head_dim)
             rotated = (
                 _rotated(q.transpose(1, 2), k.transpose(1, 2), cos, sin, form) if q.dim() == k.dim() == 4 else None
@@ -234,7 +236,7 @@ def _dispatcher(original: Callable[..., Any], form: rotary.Form) -> Callable[...
             rotated = None if rotated is None else (rotated[0].transpose(1, 2), rotated[1].transpose(1, 2))
         else:
             rotated = _rotated(q, k, cos, sin, form)
-        return original(q, k, cos, sin, **kwargs) if rotated is None else rotated
+        return original(*args, **kwargs) if rotated is None else rotated
 
     return apply_rotary_pos_emb
 

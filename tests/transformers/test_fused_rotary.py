@@ -211,6 +211,21 @@ def test_the_dimension_of_heads(heads: int, kernel: bool, served: list[rotary.Fo
     assert bool(served) is kernel
 
 
+def test_calls_in_another_form_are_the_models(served: list[rotary.Form]) -> None:
+    """One of Transformers' functions rotates queries alone, with the tables by name."""
+    model, x, cos, sin = build(), torch.randn(2, 3, 7, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 8)
+    want = modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)
+    with fuse_rotary(model):
+        fused_rotary._mark(model, (), (cos, sin))
+        for found in (
+            modeling_llama.apply_rotary_pos_emb(x, x, cos=cos, sin=sin),
+            modeling_llama.apply_rotary_pos_emb(q=x, k=x, cos=cos, sin=sin),
+            modeling_llama.apply_rotary_pos_emb(x, x, cos, sin, 1),
+        ):
+            assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+    assert not served
+
+
 def test_arguments_that_the_function_does_not_take_stay_an_error(served: list[rotary.Form]) -> None:
     model, x, cos = build(), torch.randn(2, 3, 7, 8), torch.randn(2, 7, 8)
     with fuse_rotary(model):

@@ -218,6 +218,11 @@ def _launch(
     rotation = rotary.Rotation(
         tiles.device_info(q.device), q.shape[3], cos.shape[2], form.interleaved, form.half_table, rounded, backward
     )
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        # Triton launches on the current device. In backward, autograd's threads have made it the tensors': what is
+        # recomputed there has to take the way that it took in forward.
+        with torch.cuda.device(q.device):
+            return rotary.rotate(q, k, cos, sin, rotation, dtype)
     return rotary.rotate(q, k, cos, sin, rotation, dtype)
 
 

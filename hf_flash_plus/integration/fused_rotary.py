@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .. import rotary, settings
 from ..providers.triton import TritonProvider
@@ -62,7 +63,8 @@ def fuse_rotary(model: nn.Module) -> FusedRotary:
     Models write the rotary embedding with torch operations: ten launches a layer, more than all the rest of attention.
     The result is the same to the bit, so that it goes with any attention implementation. What the kernel does not take
     (CPU tensors, other dtypes, tensors of subclasses) is computed by the model's own function, as is everything in code
-    that ``torch.compile`` compiles, which fuses it itself, and where ``FLASH_ATTENTION_USE_FLAGGEMS`` is ``FALSE``.
+    that ``torch.compile`` compiles, which fuses it itself, under tracers and function transforms, and where
+    ``FLASH_ATTENTION_USE_FLAGGEMS`` is ``FALSE``. Gradients cannot be differentiated once more (torch's error says so).
 
     Which functions are served is told by what they compute on small random tensors (:func:`~..rotary.find_form`). Other
     models of the same class are not touched.
@@ -136,7 +138,8 @@ def _namespace(module: nn.Module) -> dict[str, Any] | None:
 
 def _original(function: Any) -> Callable[..., Any]:
     replaced: _Replaced | None = getattr(function, _MARK, None)
-    return function if replaced is None else replaced.original
+    # What wraps ours by functools.wraps has its attributes, too.
+    return function if replaced is None or replaced.function is not function else replaced.original
 
 
 @functools.lru_cache(maxsize=256)
@@ -169,7 +172,7 @@ class _Replaced:
 
     def __init__(self, namespace: dict[str, Any]) -> None:
         self.namespace = namespace
-        self.original: Callable[..., Any] = namespace[FUNCTION]
+        self.original: Callable[..., Any] = _original(namespace[FUNCTION])
         self.users = 0
         form = _form(self.original)
         assert form is not None
@@ -179,7 +182,7 @@ class _Replaced:
     @classmethod
     def acquire(cls, namespace: dict[str, Any]) -> _Replaced:
         found = cls._all.get(id(namespace))
-        if found is None:
+        if found is None or namespace[FUNCTION] is not found.function:  # somebody may have replaced ours by theirs
             found = cls._all[id(namespace)] = cls(namespace)
             namespace[FUNCTION] = found.function
         found.users += 1
@@ -188,8 +191,9 @@ class _Replaced:
     def release(self) -> None:
         self.users -= 1
         if self.users == 0:
-            del self._all[id(self.namespace)]
-            if self.namespace.get(FUNCTION) is self.function:  # else somebody replaced ours by theirs
+            if self._all.get(id(self.namespace)) is self:
+                del self._all[id(self.namespace)]
+            if self.namespace.get(FUNCTION) is self.function:
                 self.namespace[FUNCTION] = self.original
 
 
@@ -243,7 +247,7 @@ def _dispatcher(original: Callable[..., Any], form: rotary.Form) -> Callable[...
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: rotary.Form) -> tuple[Tensor, Tensor] | None:
     """What the kernel makes of a call; None where it does not serve."""
-    if _enabled() and not torch._C._are_functorch_transforms_active():
+    if _enabled() and not _watched():
         found = rotary.recall(q, k, cos, sin, form)
         if found is None and rotary.serves(q, k, cos, sin, form) and _TRITON.runs_on(q):
             found = rotary.rotate(q, k, cos, sin, form)
@@ -252,3 +256,14 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: rotary.Form) 
             return found
     logger.debug("rotary embedding: served by the model's own function")
     return None
+
+
+def _watched() -> bool:
+    """Whether somebody needs to see torch's operations one by one: a functorch transform, a dispatch mode (``make_fx``),
+    ``torch.jit.trace``, differentiation in forward mode. A launch would pass them by, without an error."""
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    )

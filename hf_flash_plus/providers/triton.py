@@ -76,11 +76,11 @@ class TritonProvider(Provider):
         return error or (None if _interpreting() else missing_tool())
 
     def runs_on(self, tensor: Tensor) -> bool:
-        """Whether kernels can be launched on a tensor as things are: its device is the current one and new enough, or
-        the interpreter's (which rounds to bfloat16 by cutting bits off)."""
+        """Whether kernels can be launched on a tensor: its device is new enough, or the interpreter's (which rounds to
+        bfloat16 by cutting bits off). Where it is not the current device, it has to be made so."""
         device = tensor.device
         if device.type == "cuda":
-            return device.index == torch.cuda.current_device() and _new_enough(device.index)
+            return _new_enough(device.index)
         return device.type == "cpu" and _interpreting() and tensor.dtype != torch.bfloat16
 
     def version(self) -> str | None:

@@ -7,6 +7,7 @@ are about who is served by it.
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.models.llama import modeling_llama
 
 import hf_flash_plus
@@ -133,6 +136,56 @@ def test_a_function_that_somebody_else_replaced_is_not_put_back(monkeypatch: pyt
     modeling_llama.apply_rotary_pos_emb = fused_rotary._original(modeling_llama.apply_rotary_pos_emb)
 
 
+def test_fused_again_after_somebody_elses_replacement(
+    served: list[rotary.Form], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over theirs, which comes back, whoever is undone first."""
+    original = modeling_llama.apply_rotary_pos_emb
+
+    def theirs(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        return original(q, k, cos, sin)
+
+    one, two = build(), build()
+    first = fuse_rotary(one)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", theirs)
+    with fuse_rotary(two):
+        first.remove()
+        two(ids())
+        assert len(served) == 2
+        with fuse_rotary(one):
+            one(ids())
+            assert len(served) == 4
+        two(ids())
+        assert len(served) == 6
+    assert modeling_llama.apply_rotary_pos_emb is theirs and not fused_rotary._Replaced._all
+
+
+def test_a_wrapper_of_ours_is_judged_by_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fuse_rotary(build()):
+        ours = modeling_llama.apply_rotary_pos_emb
+
+        @functools.wraps(ours)
+        def theirs(*args: Any) -> Any:
+            return tuple(2 * x for x in ours(*args))
+
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", theirs)
+        with pytest.raises(ValueError, match="computes something that the kernel does not"):
+            fuse_rotary(build())
+        monkeypatch.undo()
+
+
+def test_ours_left_behind_is_not_fused_twice(served: list[rotary.Form], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody put our function back after it was undone."""
+    original, model = modeling_llama.apply_rotary_pos_emb, build()
+    with fuse_rotary(model):
+        ours = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", ours)
+    with fuse_rotary(model):
+        model(ids())
+        assert len(served) == 2
+    assert modeling_llama.apply_rotary_pos_emb is original
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_fused_too(copied: Callable[[Any], Any], served: list[rotary.Form]) -> None:
     model = build()
@@ -190,6 +243,32 @@ def test_transforms_keep_the_models_function(served: list[rotary.Form]) -> None:
         embeddings = torch.randn(3, 1, 7, 32)
         torch.func.vmap(lambda x: model(inputs_embeds=x, use_cache=False).last_hidden_state)(embeddings)
     assert not served
+
+
+def _fx(rotated: Callable[..., Any], q: torch.Tensor) -> Any:
+    make_fx(rotated)(q)
+
+
+def _jit(rotated: Callable[..., Any], q: torch.Tensor) -> Any:
+    torch.jit.trace(rotated, (q,), check_trace=False)
+
+
+def _forward_mode(rotated: Callable[..., Any], q: torch.Tensor) -> Any:
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(rotated(forward_ad.make_dual(q, torch.ones_like(q)))[0]).tangent is not None
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("watch", [_fx, _jit, _forward_mode], ids=lambda f: f.__name__)
+def test_who_watches_torchs_operations_sees_them(watch: Callable[..., Any], served: list[rotary.Form]) -> None:
+    """A launch is no operation of torch: a tracer would record outputs that nobody writes, and tangents would end."""
+    model, q, k, cos, sin = build(), *(torch.randn(2, *shape) for shape in ((3, 7, 8), (1, 7, 8), (7, 8), (7, 8)))
+    with fuse_rotary(model):
+        fused_rotary._mark(model, (), (cos, sin))
+        watch(lambda q: modeling_llama.apply_rotary_pos_emb(q, k, cos, sin), q)
+        assert not served
+        modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+        assert len(served) == 1
 
 
 def test_a_cpu_without_the_interpreter_keeps_the_models_function(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,6 +139,27 @@ def test_served(form: Form, changes: dict[str, Any]) -> None:
 )
 def test_left_to_the_model(form: Form, changes: dict[str, Any]) -> None:
     assert not rotary.serves(*call(**changes), form)
+
+
+def test_launched_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is current: autograd's threads change it, and what they recompute is not to differ from forward."""
+    kernel = pytest.importorskip("hf_flash_plus.kernels.rotary")
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(kernel.tiles, "device_info", lambda device: None)
+    monkeypatch.setattr(kernel, "rotate", lambda *arguments: (current[-1], None, None))
+    for index in (1, 0):
+        q: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index), shape=(2, 3, 5, 8), dtype=half)
+        assert rotary._forward(q, q, q, q, Form())[0] == index
+        assert current == [0]
 
 
 class _Launches:

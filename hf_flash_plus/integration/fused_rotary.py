@@ -259,7 +259,7 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: rotary.Form) 
 
 
 def _watched() -> bool:
-    """Whether somebody needs to see torch's operations one by one: a functorch transform, a dispatch mode (``make_fx``),
+    """Whether somebody needs to see torch's operations one by one: functorch transforms, dispatch modes (``make_fx``),
     ``torch.jit.trace``, differentiation in forward mode. A launch would pass them by, without an error."""
     return bool(
         torch._C._are_functorch_transforms_active()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +185,27 @@ def ticket(monkeypatch: pytest.MonkeyPatch) -> Any:
     tensors = call()
     built = kernel.rotary_launch(rotation, *tensors, torch.empty_like(tensors[0]), torch.empty_like(tensors[1]))
     return kernel.Ticket(built, object()), launches
+
+
+def test_kernels_are_reused_where_all_that_they_are_specialised_by_is_known() -> None:
+    kernel = pytest.importorskip("hf_flash_plus.kernels.rotary")
+    for arch, reusable in (("sm90", True), ("gfx942", False)):  # on AMD sizes matter, too
+        rotation = kernel.Rotation(kernel.tiles.DeviceInfo(arch, 132), 8, 8, False, False, True, False)
+        assert kernel._plan(rotation).reusable is (reusable and hasattr(kernel.rotate_query_and_key, "warmup"))
+
+
+def test_what_is_compiled_depends_on_every_dtype() -> None:
+    """Of the same queries, results are float32 by one form and the queries' dtype by another."""
+    kernel = pytest.importorskip("hf_flash_plus.kernels.rotary")
+    rotation = kernel.Rotation(kernel.tiles.DeviceInfo("sm90", 132), 8, 8, False, False, False, False)
+
+    def key(dtype: torch.dtype, table: torch.dtype, out: torch.dtype) -> Any:
+        q, k, cos, sin = call()
+        tensors = (q.to(dtype), k.to(dtype), cos.to(table), sin.to(table), q.to(out), k.to(out))
+        return kernel.rotary_launch(rotation, *tensors).key
+
+    both = (torch.float16, torch.float32)
+    assert len({key(*dtypes) for dtypes in itertools.product(both, both, both)}) == 8
 
 
 def test_a_ticket_launches_with_the_addresses_of_the_call(ticket: Any) -> None:

@@ -73,6 +73,12 @@ def test_nothing_beside_the_tensors_is_read_or_written() -> None:
     assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
 
 
+def test_tables_with_strides_of_their_own() -> None:
+    q, k = (random(2, 3, n, 16, dtype=FP32, seed=n).transpose(1, 2) for n in (3, 1))
+    cos, sin = random(2, 3, 20, dtype=FP32, seed=7)[..., :16], random(3, 2, 24, dtype=FP32, seed=8)[..., :16]
+    check(q, k, cos, sin.transpose(0, 1), Form())
+
+
 def test_one_of_the_two_is_used() -> None:
     q, k = (random(1, 2, 3, 8, dtype=FP32, seed=seed).requires_grad_() for seed in (0, 1))
     cos, sin = (random(1, 3, 8, dtype=FP32, seed=seed) for seed in (7, 8))

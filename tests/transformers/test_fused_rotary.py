@@ -226,6 +226,15 @@ def test_compiled_code_keeps_the_models_function(served: list[rotary.Form]) -> N
     torch.testing.assert_close(found, want)
 
 
+def test_compiled_layers_keep_the_models_function(served: list[rotary.Form]) -> None:
+    """Also with the marked tables of a model that is not compiled."""
+    model = build().eval()
+    with torch.no_grad(), fuse_rotary(model):
+        model.layers[0].compile(fullgraph=True, backend="eager")
+        model(ids())
+    assert len(served) == 1
+
+
 def test_the_settings_path_decides_at_call_time(served: list[rotary.Form], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     with fuse_rotary(model):
@@ -311,6 +320,24 @@ def test_arguments_that_the_function_does_not_take_stay_an_error(served: list[ro
         fused_rotary._mark(model, (), (cos, cos))
         with pytest.raises(TypeError, match="offset"):
             modeling_llama.apply_rotary_pos_emb(x, x, cos, cos, offset=1)
+
+
+@pytest.mark.parametrize("output", [None, {}, (3.0, 4.0), "three", "list"], ids=str)
+def test_what_is_no_pair_of_tables_is_not_marked(output: Any, served: list[rotary.Form]) -> None:
+    model, x, cos = build(), torch.randn(2, 3, 7, 8), torch.randn(2, 7, 8)
+    output = {"three": (cos, cos, cos), "list": [cos, cos]}.get(output, output) if isinstance(output, str) else output
+    with fuse_rotary(model):
+        fused_rotary._mark(model, (), output)
+        modeling_llama.apply_rotary_pos_emb(x, x, cos, cos)
+    assert not served
+
+
+def test_functions_with_other_arguments_are_left() -> None:
+    llama = modeling_llama.apply_rotary_pos_emb
+    assert fused_rotary._form(llama) == rotary.Form()
+    assert fused_rotary._form(lambda q, k, cos, sin, unsqueeze_dim=1: llama(q, k, cos, sin)) == rotary.Form()
+    assert fused_rotary._form(lambda q, k, cos, sin, unsqueeze_dim=-3: llama(q, k, cos, sin)) is None
+    assert fused_rotary._form(lambda x, y, cos, sin: llama(x, y, cos, sin)) is None
 
 
 @pytest.mark.parametrize(

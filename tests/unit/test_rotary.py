@@ -174,17 +174,28 @@ class _Launches:
 
 
 @pytest.fixture
-def ticket(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A ticket for ``call()``, on a device that is not there, and its launches."""
+def launch(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes launches for tensors, on a device that is not there, with results of a dtype; and their arguments."""
     kernel = pytest.importorskip("hf_flash_plus.kernels.rotary")
     launches = _Launches()
     monkeypatch.setattr(kernel, "raw_stream", lambda device: 7)
     monkeypatch.setattr(kernel, "starter", lambda compiled, n_programs, stream: (launches, (n_programs, stream)))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     rotation = kernel.Rotation(kernel.tiles.DeviceInfo("sm90", 132), 8, 8, False, False, True, False)
-    tensors = call()
-    built = kernel.rotary_launch(rotation, *tensors, torch.empty_like(tensors[0]), torch.empty_like(tensors[1]))
-    return kernel.Ticket(built, object()), launches
+
+    def make(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> Any:
+        return kernel.rotary_launch(rotation, *tensors, *(torch.empty_like(x, dtype=dtype) for x in tensors[:2]))
+
+    return make, launches
+
+
+@pytest.fixture
+def ticket(launch: Any) -> Any:
+    """A ticket for ``call()``, and its launches."""
+    from hf_flash_plus.kernels.rotary import Ticket
+
+    make, launches = launch
+    return Ticket(make(*call()), object()), launches
 
 
 def test_kernels_are_reused_where_all_that_they_are_specialised_by_is_known() -> None:
@@ -235,6 +246,54 @@ def test_a_ticket_launches_with_the_addresses_of_the_call(ticket: Any) -> None:
 def test_a_ticket_declines_what_differs(changes: dict[str, Any], ticket: Any) -> None:
     serve, launches = ticket
     assert serve(*call(**changes)) is None and not launches.calls
+
+
+@pytest.mark.parametrize("name", ["q", "k", "cos", "sin"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[..., :6],
+        lambda x: torch.zeros(*x.shape[:-1], 16)[..., :8],
+        half,
+        lambda x: x.to("meta"),
+        lambda x: torch.zeros(x.numel() + 1)[1:].view(x.shape),
+    ],
+    ids=["shape", "strides", "dtype", "device", "alignment"],
+)
+def test_a_ticket_looks_at_each_tensor(change: Any, name: str, ticket: Any) -> None:
+    serve, launches = ticket
+    assert serve(*call(**{name: change})) is None and not launches.calls
+
+
+def test_results_by_ticket_are_those_of_its_launch(launch: Any) -> None:
+    """Their dtype, the strides of each, and the constexprs that Triton's launcher takes last."""
+    from hf_flash_plus.kernels.rotary import Ticket
+
+    make, launches = launch
+    tensors = call(q=half, k=lambda x: torch.zeros(2, 5, 4, 8).half().transpose(1, 2), cos=lambda x: x[:1])
+    built = make(*tensors, dtype=torch.float32)
+    found = Ticket(built, object())(*tensors)
+    assert found is not None
+    for one, other in zip(found, built.arguments[4:6]):
+        assert (one.dtype, one.shape, one.stride()) == (torch.float32, other.shape, other.stride())
+    assert found[1].stride() == (160, 8, 32, 1)
+    assert launches.calls[0][8:] == (*built.arguments[6:], *built.plan.constexprs)
+
+
+def test_tickets_are_of_launches_that_can_be_repeated(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_flash_plus.kernels.rotary import Ticket
+
+    make, _ = launch
+    built = make(*call())
+    monkeypatch.setattr(built.plan, "reusable", True)
+    monkeypatch.setattr(built.plan, "compiled", {})
+    assert Ticket.of(built) is None  # it did not take place
+    built.plan.remember(built.key, object())
+    assert Ticket.of(built) is not None
+    odd = make(*call(sin=lambda x: torch.zeros(x.numel() + 1)[1:].view(x.shape)))
+    assert odd.key == built.key and Ticket.of(odd) is None  # its loads are narrower
+    monkeypatch.setattr(built.plan, "reusable", False)
+    assert Ticket.of(built) is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("raw_stream", lambda device: 8), ("hooked", lambda: True)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -267,6 +268,52 @@ def _forward_mode(rotated: Callable[..., Any], q: torch.Tensor) -> Any:
         assert forward_ad.unpack_dual(rotated(forward_ad.make_dual(q, torch.ones_like(q)))[0]).tangent is not None
 
 
+def test_without_triton_the_models_function_is_kept(served: list[rotary.Form], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_rotary._TRITON, "unavailable_reason", lambda: "triton is too old")
+    model = build()
+    with fuse_rotary(model):
+        model(ids())
+    assert not served
+
+
+def test_devices_and_dtypes_that_the_kernel_does_not_take(
+    served: list[rotary.Form], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build().double()
+    with fuse_rotary(model):
+        model(ids())
+        monkeypatch.setattr(fused_rotary._TRITON, "runs_on", lambda tensor: False)
+        model.float()(ids())
+    assert not served
+
+
+def test_a_decorated_forward_is_looked_into() -> None:
+    class Attention(torch.nn.Module):
+        @torch.no_grad()
+        def forward(self, q: Any, k: Any, cos: Any, sin: Any) -> Any:
+            return apply_rotary_pos_emb(q, k, cos, sin)  # noqa: F821
+
+    namespace = fused_rotary._namespace(build().layers[0].self_attn)
+    assert namespace is vars(modeling_llama)
+    assert fused_rotary._namespace(Attention()) is None  # these globals have no such function
+    forward = inspect.unwrap(Attention.forward)
+    forward.__globals__["apply_rotary_pos_emb"] = modeling_llama.apply_rotary_pos_emb
+    try:
+        assert fused_rotary._namespace(Attention()) is forward.__globals__
+    finally:
+        del forward.__globals__["apply_rotary_pos_emb"]
+
+
+def test_ours_looks_like_the_models_function() -> None:
+    original = modeling_llama.apply_rotary_pos_emb
+    with fuse_rotary(build()):
+        ours = modeling_llama.apply_rotary_pos_emb
+        assert (ours.__name__, ours.__module__, ours.__doc__) == (
+            original.__name__, original.__module__, original.__doc__,
+        )  # fmt: skip
+        assert inspect.signature(ours) == inspect.signature(original)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("watch", [_fx, _jit, _forward_mode], ids=lambda f: f.__name__)
 def test_who_watches_torchs_operations_sees_them(watch: Callable[..., Any], served: list[rotary.Form]) -> None:
@@ -299,6 +346,15 @@ def test_the_dimension_of_heads(heads: int, kernel: bool, served: list[rotary.Fo
     assert bool(served) is kernel
 
 
+def test_queries_of_less_dimensions_are_the_models(served: list[rotary.Form]) -> None:
+    model, x, cos = build(), torch.randn(7, 8), torch.randn(2, 7, 8)
+    want = modeling_llama.apply_rotary_pos_emb(x, x, cos, cos, unsqueeze_dim=2)
+    with fuse_rotary(model):
+        fused_rotary._mark(model, (), (cos, cos))
+        found = modeling_llama.apply_rotary_pos_emb(x, x, cos, cos, unsqueeze_dim=2)
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1]) and not served
+
+
 def test_calls_in_another_form_are_the_models(served: list[rotary.Form]) -> None:
     """One of Transformers' functions rotates queries alone, with the tables by name."""
     model, x, cos, sin = build(), torch.randn(2, 3, 7, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 8)
@@ -322,12 +378,31 @@ def test_arguments_that_the_function_does_not_take_stay_an_error(served: list[ro
             modeling_llama.apply_rotary_pos_emb(x, x, cos, cos, offset=1)
 
 
-@pytest.mark.parametrize("output", [None, {}, (3.0, 4.0), "three", "list"], ids=str)
+def test_a_function_for_one_layout_does_not_take_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama, x, cos = modeling_llama.apply_rotary_pos_emb, torch.randn(2, 7, 7, 8), torch.randn(2, 7, 8)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: llama(q, k, cos, sin))
+    model = build()
+    with fuse_rotary(model):
+        fused_rotary._mark(model, (), (cos, cos))
+        with pytest.raises(TypeError, match="unsqueeze_dim"):
+            modeling_llama.apply_rotary_pos_emb(x, x, cos, cos, unsqueeze_dim=2)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda cos: None,
+        lambda cos: {},
+        lambda cos: (3.0, 4.0),
+        lambda cos: cos,
+        lambda cos: [cos, cos],
+        lambda cos: (cos, cos, cos),
+    ],
+)
 def test_what_is_no_pair_of_tables_is_not_marked(output: Any, served: list[rotary.Form]) -> None:
     model, x, cos = build(), torch.randn(2, 3, 7, 8), torch.randn(2, 7, 8)
-    output = {"three": (cos, cos, cos), "list": [cos, cos]}.get(output, output) if isinstance(output, str) else output
     with fuse_rotary(model):
-        fused_rotary._mark(model, (), output)
+        fused_rotary._mark(model, (), output(cos))
         modeling_llama.apply_rotary_pos_emb(x, x, cos, cos)
     assert not served
 

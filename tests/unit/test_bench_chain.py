@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,9 +128,11 @@ def test_layers_of_other_kinds() -> None:
 def test_a_chain_is_timed_by_the_call() -> None:
     """The time of all its calls over their number; the host's time is that of one call."""
     ran: list[str] = []
+    queued: list[tuple[str, float]] = []
 
     class Clock(timing.HostClock):
         def sample(self, call: Any, repeats: int, host_ms: float) -> list[float]:
+            queued.append((call(), host_ms))
             return [6.0 if call() == "all" else 0.5] * repeats
 
     def all_of_them() -> str:
@@ -142,6 +144,8 @@ def test_a_chain_is_timed_by_the_call() -> None:
     assert (found["row"].median_ms, found["row"].rounds_ms, found["row"].host_us) == (2.0, [2.0, 2.0], 500.0)
     assert (found["alone"].median_ms, found["alone"].host_us) == (0.5, 500.0) and "all" in ran
     assert found["row"].samples == 4 < found["alone"].samples  # 12 ms of the budget are two chains
+    # Without a time: the host's is asked for. The device sleeps while the host queues all of a chain.
+    assert {(name, host_ms) for name, host_ms in queued if host_ms} == {("all", 6.0), ("one", 0.5)}
 
 
 # --- the check of each layer ---
@@ -228,6 +232,38 @@ def test_a_recording_holds_what_its_calls_read(monkeypatch: pytest.MonkeyPatch) 
     assert own() is not None and torch.equal(replay()[0], torch.full((3,), 2.0))
     del replay
     assert own() is None
+
+
+def test_calls_run_once_before_they_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the current stream, after what it has queued, and before what it queues next: what is compiled or
+    allocated at the first call is no part of the graph."""
+    _stand_in_for_cuda(monkeypatch)
+    order: list[str] = []
+
+    @contextmanager
+    def inside(name: str) -> Iterator[None]:
+        order.append(f"{name} begins")
+        yield
+        order.append(f"{name} ends")
+
+    def stream(name: str) -> Any:
+        return SimpleNamespace(name=name, wait_stream=lambda other: order.append(f"{name} waits for {other.name}"))
+
+    here, beside = stream("here"), stream("beside")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: here)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device=None: beside)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: inside(stream.name))
+    monkeypatch.setattr(torch.cuda, "graph", lambda _graph, **_options: inside("graph"))
+
+    def call() -> Tensor:
+        order.append("call")
+        return torch.zeros(())
+
+    chain.record([call, call], torch.device("cuda", 0))
+    assert order == [
+        "beside waits for here", "beside begins", "call", "call", "beside ends", "here waits for beside",
+        "graph begins", "call", "call", "graph ends",
+    ]  # fmt: skip
 
 
 def test_a_chain_holds_what_its_peer_prepared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,9 +77,11 @@ def test_every_form_is_told_from_the_others(form: Form) -> None:
     assert rotary.find_form(rotary._by(form)) == form
 
 
-def test_forms_are_found_in_inference_mode_too() -> None:
-    with torch.inference_mode():
-        assert rotary.find_form(neox) == Form()
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_forms_are_found_without_gradients_too(mode: Any) -> None:
+    want = rotary.find_form(in_float32)
+    with mode():
+        assert rotary.find_form(in_float32) == want
 
 
 def call(**changes: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -136,6 +138,18 @@ def test_served(form: Form, changes: dict[str, Any]) -> None:
         (Form(), {"q": lambda x: torch.zeros(2, 3, 8, 5).transpose(2, 3)}),
         (Form(), {"q": torch.nn.Parameter}),
         (Form(), {"q": lambda x: x.to("meta")}),
+        (Form(), {"k": lambda x: torch.zeros(1, 1, 5, 8)}),
+        (Form(), {"k": lambda x: torch.zeros(2, 1, 8, 5).transpose(2, 3)}),
+        (Form(), {"k": lambda x: torch.zeros(2, 5, 8)}),
+        (Form(), {"k": torch.nn.Parameter}),
+        (Form(), {"k": lambda x: x.to("meta")}),
+        (Form(), {"cos": lambda x: torch.zeros(2, 8, 5).transpose(1, 2)}),
+        (Form(), {"cos": lambda x: torch.nn.Parameter(x, requires_grad=False)}),
+        (Form(), {"sin": lambda x: torch.zeros(2, 8, 5).transpose(1, 2)}),
+        (Form(), {"sin": lambda x: torch.nn.Parameter(x, requires_grad=False)}),
+        (Form(), {"sin": lambda x: x.requires_grad_()}),
+        (Form(), {"sin": lambda x: x[:1]}),
+        (Form(), {"sin": lambda x: x.to("meta")}),
     ],
 )
 def test_left_to_the_model(form: Form, changes: dict[str, Any]) -> None:
@@ -321,3 +335,13 @@ def test_recalled_without_gradients_only(monkeypatch: pytest.MonkeyPatch) -> Non
         assert rotary.recall(*watched, Form()) is None
         with torch.no_grad():
             assert rotary.recall(*watched, Form()) is not None
+
+
+def test_the_last_call_without_gradients_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotary, "_last", {})
+    tickets: list[Any] = [lambda *tensors: ("first",), lambda *tensors: ("second",), None]
+    monkeypatch.setattr(rotary, "_forward", lambda q, k, *_: (q, k, tickets.pop(0)))
+    tensors = call()
+    for recalled in ("first", "second", "second"):
+        rotary.rotate(*tensors, Form())
+        assert rotary.recall(*tensors, Form()) == (recalled,) and rotary.recall(*tensors, PARTIAL) is None

@@ -84,3 +84,23 @@ def test_one_of_the_two_is_used() -> None:
     cos, sin = (random(1, 3, 8, dtype=FP32, seed=seed) for seed in (7, 8))
     rotary.rotate(q, k, cos, sin, Form())[1].sum().backward()
     assert not q.grad.any() and k.grad.any()
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_one_of_the_two_needs_a_gradient(wanted: int) -> None:
+    both = [random(1, 2, 3, 8, dtype=FP32, seed=seed) for seed in (0, 1)]
+    cos, sin = (random(1, 3, 8, dtype=FP32, seed=seed) for seed in (7, 8))
+    both[wanted].requires_grad_()
+    upstream = random(1, 2, 3, 8, dtype=FP32, seed=2)
+    (found,) = torch.autograd.grad(rotary.rotate(*both, cos, sin, Form())[wanted], both[wanted], upstream)
+    (want,) = torch.autograd.grad(rotary.reference(both[wanted], cos, sin, Form()), both[wanted], upstream)
+    assert torch.equal(found, want)
+
+
+def test_second_derivatives_are_an_error() -> None:
+    q, k = (random(1, 2, 3, 8, dtype=FP32, seed=seed).requires_grad_() for seed in (0, 1))
+    cos, sin = (random(1, 3, 8, dtype=FP32, seed=seed) for seed in (7, 8))
+    out = rotary.rotate(q, k, cos, sin, Form())[0]
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()

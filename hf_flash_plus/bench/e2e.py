@@ -24,6 +24,8 @@ MODELS = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "bert": ("BertConfig", "
 
 #: Functions of the package that an entry of ``peers`` may ask to be applied to its model.
 EXTRAS = ("skip_padding", "fuse_rotary")
+#: Keys of such an entry: what it is called, its attention implementation, a module to import before, its provider.
+PEER_KEYS = ("name", "implementation", "preimport", "provider", *EXTRAS)
 
 
 class Peer(NamedTuple):
@@ -46,6 +48,12 @@ def run_e2e(
         work_name(work)  # checks all before the first minute is spent
         if _type(config) == "bert" and (work["kind"] != "train" or work.get("layout") == "packed"):
             raise ConfigError(f"work {work!r}: bert neither generates nor takes packed rows.")
+    for entry in config.peers:
+        unknown = set(entry) - set(PEER_KEYS) if isinstance(entry, dict) else set()
+        if unknown:
+            raise ConfigError(
+                f"peer {entry['name']}: unknown keys {sorted(unknown)}; the keys are {', '.join(PEER_KEYS)}."
+            )
     rows: list[Row] = []
     peers = []
     for entry in config.peers:

@@ -378,7 +378,9 @@ def test_arguments_that_the_function_does_not_take_stay_an_error(served: list[ro
             modeling_llama.apply_rotary_pos_emb(x, x, cos, cos, offset=1)
 
 
-def test_a_function_for_one_layout_does_not_take_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_for_one_layout_does_not_take_another(
+    served: list[rotary.Form], monkeypatch: pytest.MonkeyPatch
+) -> None:
     llama, x, cos = modeling_llama.apply_rotary_pos_emb, torch.randn(2, 7, 7, 8), torch.randn(2, 7, 8)
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: llama(q, k, cos, sin))
     model = build()

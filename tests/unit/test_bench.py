@@ -443,6 +443,15 @@ def test_e2e_peers_get_what_their_entries_ask_for(tmp_path: Path, monkeypatch: p
     handles[0].remove()
 
 
+def test_e2e_peers_whose_entries_ask_for_what_is_not_known(tmp_path: Path) -> None:
+    """It would be measured without."""
+    config = configuration.parse({**E2E, "peers": ["sdpa", {"name": "fused", "fuse_rotery": True}]})
+    with pytest.raises(
+        ConfigError, match=r"peer fused: unknown keys \['fuse_rotery'\]; the keys are name, .*fuse_rotary"
+    ):
+        run(config, CPU, tmp_path, ignore)
+
+
 def test_e2e_run_of_an_encoder(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dispatch
 from .inputs import AttentionInputs
@@ -329,17 +330,24 @@ def attention(inputs: AttentionInputs, caller: str = "attention", unwritten_keys
 
 
 def _nobody_watches(query: Tensor) -> bool:
-    """Whether nothing needs to see the call as a library op: no compiler, no tensor subclass, no dispatch mode, no
-    functorch transform.
+    """Whether nothing needs to see the call as a library op: no compiler, no tensor subclass, nobody who watches
+    (:func:`watched`).
 
     Going through the dispatcher costs 15 us, about as much as launching a kernel.
     """
-    return type(query) is Tensor and not torch.compiler.is_compiling() and not _dispatch_modes() and not _transforms()
+    return type(query) is Tensor and not torch.compiler.is_compiling() and not watched()
+
+
+def watched() -> bool:
+    """Whether somebody needs to see torch's operations one by one: functorch transforms, dispatch modes (``make_fx``),
+    ``torch.jit.trace``, differentiation in forward mode. A launch would pass them by, without an error."""
+    return bool(_transforms() or _dispatch_modes() or _tracing() or forward_ad._current_level >= 0)
 
 
 # Private, but what torch's own libraries ask; where one is missing, every call goes through the dispatcher.
 _transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_tracing = getattr(torch._C, "_is_tracing", lambda: True)
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
@@ -362,13 +370,12 @@ def prepare_decoding(inputs: AttentionInputs) -> DecodingStep | None:
 
 
 def undisturbed(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether a call needs nothing but its result: no gradients, no autocast, no dispatch mode, no functorch transform,
-    no tensor subclass, no log that wants to see it. Compilers are to be asked about before."""
+    """Whether a call needs nothing but its result: no gradients, no autocast, nobody who watches, no tensor subclass,
+    no log that wants to see it. Compilers are to be asked about before."""
     return not (
         torch.is_grad_enabled()
         or not type(query) is type(key) is type(value) is Tensor
-        or _dispatch_modes()
-        or _transforms()
+        or watched()
         or _any_autocast()
         or logger.isEnabledFor(logging.DEBUG)
     )

@@ -10,9 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from .. import rotary, settings
+from .. import ops, rotary, settings
 from ..providers.triton import TritonProvider
 
 logger = logging.getLogger("hf_flash_plus")
@@ -247,7 +246,7 @@ def _dispatcher(original: Callable[..., Any], form: rotary.Form) -> Callable[...
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: rotary.Form) -> tuple[Tensor, Tensor] | None:
     """What the kernel makes of a call; None where it does not serve."""
-    if _enabled() and not _watched():
+    if _enabled() and not ops.watched():
         found = rotary.recall(q, k, cos, sin, form)
         if found is None and rotary.serves(q, k, cos, sin, form) and _TRITON.runs_on(q):
             found = rotary.rotate(q, k, cos, sin, form)
@@ -256,14 +255,3 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: rotary.Form) 
             return found
     logger.debug("rotary embedding: served by the model's own function")
     return None
-
-
-def _watched() -> bool:
-    """Whether somebody needs to see torch's operations one by one: functorch transforms, dispatch modes (``make_fx``),
-    ``torch.jit.trace``, differentiation in forward mode. A launch would pass them by, without an error."""
-    return bool(
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
-    )

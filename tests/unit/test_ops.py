@@ -100,7 +100,16 @@ def test_who_watches(toy: ToyProvider, monkeypatch: pytest.MonkeyPatch) -> None:
     assert toy.calls == ["forward", "backward", "forward"] and used == []
     watched: list[bool] = []
     torch.func.vmap(lambda q: watched.append(not ops._nobody_watches(q)) or q)(tensors[0])
-    assert watched == [True] and ops._nobody_watches(tensors[0])
+    torch.jit.trace(
+        lambda q: watched.append(not ops._nobody_watches(q)) or q * 2, tensors[0].detach(), check_trace=False
+    )
+    with torch.autograd.forward_ad.dual_level():
+        watched.append(not ops._nobody_watches(tensors[0]))
+        with torch.no_grad():
+            assert not ops.undisturbed(*(x.detach() for x in tensors[:3]))
+    assert watched == [True] * 3 and ops._nobody_watches(tensors[0])
+    with torch.no_grad():
+        assert ops.undisturbed(*(x.detach() for x in tensors[:3]))
 
 
 @pytest.mark.parametrize("provider", ["reference", "torch_sdpa"])

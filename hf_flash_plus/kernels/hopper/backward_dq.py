@@ -26,9 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .forward import _clean_v as clean_rows
-from .forward import _wait as wait_use
-from .forward import tma_load
+from .forward_feed import clean_v as clean_rows
+from .forward_shared import tma_load, wait_use
 from .primitives import retire, tanh
 from .schedule import (
     CAUSAL,

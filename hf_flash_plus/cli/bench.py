@@ -40,7 +40,7 @@ def bench(
             console.print(f"{peer.name:16} {peer.summary}", highlight=False)
         return
     if show is not None:
-        _show(json.loads(show.read_text(encoding="utf-8")), show, console)
+        _show(_read(show), show, console)
         return
     if config is None:
         typer.echo("error: which benchmark? Give a YAML file, for example configs/bench/forward.yaml.", err=True)
@@ -57,6 +57,18 @@ def bench(
     _show(found, out / f"{chosen.name}.json", console)
     if not any(row["status"] == "ok" for row in found["rows"]):
         raise typer.Exit(1)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """An earlier result; the command ends with exit code 2 where the file holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not {"kind", "rows", "peers", "environment"} <= set(found):
+            raise ValueError("it is no result of hf-flash-plus bench (kind, rows, peers and environment are missing)")
+    except (OSError, ValueError) as error:
+        typer.echo(f"error: cannot show {path}: {error}", err=True)
+        raise typer.Exit(2) from None
+    return found
 
 
 def _show(found: dict[str, Any], path: Path, console: Console) -> None:

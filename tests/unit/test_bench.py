@@ -351,6 +351,29 @@ def test_smoke_configuration_makes_table_json_and_picture(tmp_path: Path) -> Non
     assert again.exit_code == 0 and "smoke: forward" in again.output and (tmp_path / "smoke.png").exists()
 
 
+def test_pictures_of_many_cases_have_several_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    shown: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", shown.append)
+    rows = [
+        {"case_name": f"case {i}", "peer": peer, "direction": "forward", "unit": "TFLOP/s", "value": 1.0 + i}
+        for i in range(25)
+        for peer in ("ours", "theirs")
+    ]
+    found = {
+        "rows": rows, "peers": ["ours", "absent", "theirs"], "name": "many",
+        "environment": {"gpu": None, "versions": {"torch": "2"}, "date": "today"},
+    }  # fmt: skip
+    plot(found, tmp_path / "many.png")
+    axes = shown[0].axes
+    labels = [label.get_text() for axis in axes for label in axis.get_xticklabels()]
+    assert labels == [f"case {i}" for i in range(25)] and [len(axis.patches) for axis in axes] == [18, 18, 14]
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["ours", "theirs"]
+    assert [bar.get_height() for bar in axes[2].patches][:7] == [19.0 + i for i in range(7)]
+
+
 def test_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(NoMatplotlib, match=r"hf_flash_plus\[bench\]"):
@@ -368,6 +391,10 @@ def test_command_line_errors(tmp_path: Path) -> None:
     smoke = str(CONFIGS / "smoke.yaml")
     assert "unknown peer" in fails(smoke, "--peers", "nobody")
     assert "no case" in fails(smoke, "--cases", "nothing")
+    assert "cannot show" in fails("--show", str(tmp_path / "none.json"))
+    for text in ("{", "[]", '{"curves": {}}'):
+        (tmp_path / "other.json").write_text(text)
+        assert "other.json: " in fails("--show", str(tmp_path / "other.json"))
     assert "needs a CUDA device" in fails(str(CONFIGS / "memory.yaml"), "--device", "cpu", "--out", str(tmp_path))
     outcome = CliRunner().invoke(app, ["bench", "--list-peers"])
     assert outcome.exit_code == 0 and all(name in outcome.output for name in PEERS)

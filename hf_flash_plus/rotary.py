@@ -2,7 +2,8 @@
 
 (RoPE: Su et al., "RoFormer", 2021.) Models write it with torch operations and differ in which columns are pairs, in
 where numbers are rounded, and in whether all columns are rotated: a :class:`Form`. :func:`find_form` tells a function's
-form by what it computes, to the bit; :func:`rotate` computes it.
+form by what it computes, to the bit; :func:`rotate` computes it. Nothing here knows Transformers: ``integration`` finds
+the functions, and asks here.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ def _same(a: tuple[Tensor, ...] | None, b: tuple[Tensor, ...] | None) -> bool:
 
 
 def serves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: Form) -> bool:
-    """Whether :func:`rotate` computes a call: what it is asked for, on a device and in a layout that the kernel takes.
+    """Whether :func:`rotate` computes a call, by its shapes, strides and dtypes; whether kernels run on its device is
+    to be asked apart (``TritonProvider.runs_on``).
 
     Everything else (shapes that do not fit, other dtypes, gradients of the tables, tensors of subclasses) is the
     model's own function's.

@@ -219,6 +219,8 @@ def _check(config: BenchConfig) -> None:
         raise ConfigError(f"layers must be a positive integer or auto, got {config.layers!r}.")
     if config.layers != 1 and config.kind != "kernels":
         raise ConfigError(f"layers goes with kind kernels, not {config.kind}.")
+    if config.layers != 1 and not any(case.decoding for case in config.cases):
+        raise ConfigError(f"layers is {config.layers!r}, but no case is a decoding case (seqlen_q: 1).")
     if config.kind == "e2e" and not (config.model and config.works):
         raise ConfigError("an e2e benchmark needs model and works.")
     if config.kind != "e2e" and not config.cases:

@@ -26,7 +26,7 @@ class FusedRotary:
     """What :func:`fuse_rotary` returns: ``remove()``, or the end of a ``with`` block, undoes it.
 
     Attributes:
-        fused: names of the modules with attention whose rotary embedding is fused.
+        fused: names of the modules with attention that call a function which is served now (some have other ways, too).
         left: ``(name, reason)`` of those that rotate by the model's own function.
     """
 

@@ -309,6 +309,13 @@ def _unaligned(lengths: list[int], seqlen: int) -> Tensor:
     return torch.stack((first, torch.where(rows < ends[-1], rows + 1, 0)), dim=-1)[None]
 
 
+def _holed(batch: int, seqlen: int, empty: int) -> Tensor:
+    """Causal row intervals; of every three blocks of 128 rows, one sees nothing: the first, the second or the third."""
+    rows = torch.arange(seqlen, dtype=torch.int32, device="cuda")
+    ends = torch.where(rows // 128 % 3 == empty, 0, rows + 1)
+    return torch.stack((torch.zeros_like(rows), ends), dim=-1).expand(batch, -1, -1).contiguous()
+
+
 #: Masks that leave tiles which see nothing, and another one of the same shape: (batch, heads, key heads, masks).
 LISTS: dict[str, tuple[int, int, int, Callable[[], tuple[Tensor, Tensor]]]] = {
     "padded": (6, 4, 2, lambda: (_padded([700, 130, 0, 64, 699, 1], 700), _padded([0, 0, 700, 5, 256, 512], 700))),
@@ -322,6 +329,9 @@ LISTS: dict[str, tuple[int, int, int, Callable[[], tuple[Tensor, Tensor]]]] = {
     "many short ones": (
         64, 16, 4, lambda: (_padded([i * 37 % 101 for i in range(64)], 100), _padded([0, 50] * 32, 100)),
     ),
+    "holes": (2, 4, 2, lambda: (_holed(2, 900, 1), torch.cat((_holed(1, 900, 0), _holed(1, 900, 2))))),
+    # More key heads than are in flight together at head dimensions 128 and 256.
+    "sections of heads": (2, 40, 20, lambda: (_padded([1800, 700], 1800), _padded([0, 1500], 1800, left=True))),
     "most of it empty": (
         48, 2, 1, lambda: (_padded([9 * i * (i % 7 == 0) for i in range(48)], 500), _padded([0] * 47 + [500], 500)),
     ),
@@ -339,7 +349,7 @@ def test_tiles_that_see_nothing(name: str, sinks: bool, dim: int) -> None:
     seqlen = memory.shape[1]
     plain = _inputs(batch, seqlen, nheads, nheads_k, dim, AttentionMask())
     if sinks:
-        values = torch.tensor([0.5, -1.0, 3.0, -float("inf")], device="cuda").repeat(4)[:nheads].contiguous()
+        values = torch.tensor([0.5, -1.0, 3.0, -float("inf")], device="cuda").repeat(10)[:nheads].contiguous()
         plain = replace(plain, sinks=values)
     expected, poisoned = [], []
     for intervals in (memory.clone(), other):

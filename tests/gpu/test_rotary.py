@@ -12,33 +12,15 @@ import transformers as tf
 from hf_flash_plus import fuse_rotary, rotary
 from hf_flash_plus.integration import fused_rotary
 from hf_flash_plus.rotary import FORMS, Form
+from tests.kernels.rotary_cases import check, names
 
 pytestmark = pytest.mark.gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def names(value: object) -> str:
-    return "".join(str(int(x)) for x in value) if isinstance(value, Form) else str(value).replace("torch.", "")
-
-
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(*shape, device="cuda").to(dtype)
-
-
-def results(function: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    outputs = function(*leaves)
-    gradients = torch.autograd.grad(outputs, leaves, [torch.cos(3 * x.detach()).to(x.dtype) for x in outputs])
-    return (*(x.detach() for x in outputs), *gradients)
-
-
-def check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, form: Form) -> None:
-    assert rotary.serves(q, k, cos, sin, form)
-    want = results(lambda q, k: (rotary.reference(q, cos, sin, form), rotary.reference(k, cos, sin, form)), q, k)
-    found = results(lambda q, k: rotary.rotate(q, k, cos, sin, form), q, k)
-    for one, other in zip(found, want):
-        assert one.dtype == other.dtype and torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,10 @@ def test_lengths_that_are_none(layers: Any) -> None:
 def test_layers_of_other_kinds() -> None:
     with pytest.raises(ConfigError, match="layers goes with kind kernels"):
         configuration.parse({**DECODE, "kind": "memory"})
-    assert configuration.parse({**DECODE, "layers": "auto"}).layers == "auto"
+    case = {"batch": 2, "seqlen": 24, "heads": 4, "head_dim": 16}
+    with pytest.raises(ConfigError, match="no case is a decoding case"):
+        configuration.parse({**DECODE, "cases": [case]})
+    assert configuration.parse({**DECODE, "layers": "auto", "cases": [case, *DECODE["cases"]]}).layers == "auto"
     assert configuration.parse({key: DECODE[key] for key in ("kind", "peers", "cases")}).layers == 1
 
 
@@ -318,8 +321,11 @@ def test_what_cannot_be_recorded_is_timed_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_only_decoding_is_timed_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chain, "record", lambda *_: pytest.fail("recorded"))
+    recorded: list[int] = []
+    record = chain.record
+    monkeypatch.setattr(chain, "record", lambda calls, device: recorded.append(1) or record(calls, device))
     case = {"batch": 2, "seqlen": 24, "heads": 4, "head_dim": 16}
-    row = run({"cases": [case]})["sdpa"]
+    row = run({"cases": [{**DECODE["cases"][0], "seqlen": 8}, case]})["sdpa"]  # of the last
     assert row["status"] == "ok" and "layers" not in row and "note" not in row
+    assert len(recorded) == len(DECODE["peers"])  # of the first alone
     assert run({"layers": 1})["sdpa"]["layers"] == 1

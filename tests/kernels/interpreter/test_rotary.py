@@ -7,36 +7,15 @@ import torch
 
 from hf_flash_plus import rotary
 from hf_flash_plus.rotary import FORMS, Form
+from tests.kernels.rotary_cases import check, names
 
 pytest.importorskip("triton")
 FP32, FP16 = torch.float32, torch.float16
 DTYPES = [(FP32, FP32), (FP16, FP16), (FP16, FP32), (FP32, FP16)]
 
 
-def names(value: object) -> str:
-    return "".join(str(int(x)) for x in value) if isinstance(value, Form) else str(value).replace("torch.", "")
-
-
 def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def results(function, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    leaves = [x.detach().requires_grad_() for x in (q, k)]
-    outputs = function(*leaves)
-    gradients = torch.autograd.grad(outputs, leaves, [torch.cos(3 * x.detach()) for x in outputs])
-    return (*(x.detach() for x in outputs), *gradients)
-
-
-def check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, form: Form) -> None:
-    assert rotary.serves(q, k, cos, sin, form)
-    want = results(lambda q, k: (rotary.reference(q, cos, sin, form), rotary.reference(k, cos, sin, form)), q, k)
-    found = results(lambda q, k: rotary.rotate(q, k, cos, sin, form), q, k)
-    for one, other in zip(found, want):
-        assert one.dtype == other.dtype and torch.equal(one, other)
-    with torch.no_grad():
-        plain = rotary.rotate(q, k, cos, sin, form)
-    assert torch.equal(plain[0], want[0]) and torch.equal(plain[1], want[1])
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=names)

@@ -40,9 +40,10 @@ class Config:
         free_k_first: K is freed as soon as its scores are there; else together with V of the block before.
         out_step: O lies in Q's memory; the distance of two warpgroups' O in units of O.
         turns: two warpgroups start their matrix products in turn.
-        listed: for INTERVALS: only tiles that see something are numbered (they are listed by a launch of its own), each
-            is published as soon as the first K of the one before is under way, and rows' bounds come with Q, into
-            shared memory. Else all tiles are numbered, as in other modes, and those that see nothing left out.
+        listed: for INTERVALS: only tiles that see something are numbered (they are listed by a launch of its own). Else
+            all tiles are numbered, as in other modes, and those that see nothing left out.
+        copied: with ``listed``: each tile is published as soon as the first K of the one before is under way, and rows'
+            bounds come with Q, into shared memory.
         mode: FULL, TAIL, CAUSAL, WINDOW or INTERVALS.
         softcap, sinks: the call has them.
         consumer_registers, other_registers: per thread of the warps that compute and of the others.
@@ -61,6 +62,7 @@ class Config:
     out_step: int
     turns: bool
     listed: bool
+    copied: bool
     mode: int
     softcap: bool
     sinks: bool
@@ -127,5 +129,6 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
         }  # fmt: skip
     # One H200, us without / with the list, neither with the summary: padded B8 S2048 219 / 217, S4096 635 / 630, 16 odd
     # documents 173 / 153, packed 362 / 360 at head dimension 64; larger ones lost 3 to 8 percent by an earlier list.
-    listed = mode == INTERVALS and dims == (64, 64)
-    return Config(v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, listed=listed, **shape)
+    copied = mode == INTERVALS and dims == (64, 64)
+    listed = copied or (mode == INTERVALS and dims == (128, 128))
+    return Config(v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, listed=listed, copied=copied, **shape)

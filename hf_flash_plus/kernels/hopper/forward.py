@@ -145,7 +145,7 @@ def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C:
     if C.mode == INTERVALS:
         some_empty = read(sm.tiles, (t % RING) * CARD + SOME_EMPTY, 4)
         if some_empty > 0:
-            if C.listed:
+            if C.copied:
                 at = _bounds_at(t, W, C)
                 row_start, row_end = sm.bounds.index(at).load(ROWS), sm.bounds.index(at + 1).load(ROWS)
             else:
@@ -174,9 +174,9 @@ def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C:
 @gluon.jit
 def _bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
     """The bounds of W's rows, for WINDOW and INTERVALS. Found while S is computed, for each block that may need
-    masking: carried along they cost registers in the blocks that do not. With ``listed`` they are read where they are
+    masking: carried along they cost registers in the blocks that do not. With ``copied`` they are read where they are
     needed (``schedule.hide_outside``)."""
-    if C.mode == INTERVALS and not C.listed:
+    if C.mode == INTERVALS and not C.copied:
         return row_bounds(tile, p, W, LAYOUT, C)
     elif C.mode == WINDOW:
         return window_bounds(tile, p, W, LAYOUT, C)
@@ -457,7 +457,7 @@ def attention_forward(
     CARDS: gl.constexpr = RING
     tiles = gl.allocate_shared_memory(gl.int32, [CARDS * CARD, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bounds = tiles
-    if C.listed:
+    if C.copied:
         bounds = gl.allocate_shared_memory(gl.int32, [2 * QB * NW, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     tile_full = gl.allocate_shared_memory(gl.int64, [CARDS, 1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [QB * NW, 1], barrier)
@@ -477,7 +477,7 @@ def attention_forward(
         mbarrier.init(tile_full.index(i), count=1)
     for i in gl.static_range(QB * NW):
         mbarrier.init(q_empty.index(i), count=1)
-        mbarrier.init(q_full.index(i), count=1 + C.listed)
+        mbarrier.init(q_full.index(i), count=1 + C.copied)
         mbarrier.init(out_full.index(i), count=1)
     for i in gl.static_range(KST):
         mbarrier.init(k_full.index(i), count=1)

@@ -393,7 +393,7 @@ def window_bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexp
 @gluon.jit
 def _column(bounds, copied, at, LAYOUT: gl.constexpr, C: gl.constexpr):
     """Rows' ``bounds`` (their first keys, or ends) as a column; from shared memory at ``at`` if they were copied."""
-    if C.listed:
+    if C.copied:
         return copied.index(at).load(gl.SliceLayout(1, LAYOUT))[:, None]
     else:
         return bounds[:, None]
@@ -404,7 +404,7 @@ def hide_outside(
     scores, first_key, start, end, copied, at, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
 ):  # fmt: skip
     """Scores of keys outside the rows' bounds to -inf, for WINDOW and INTERVALS. ``copied, at``: where these lie in
-    shared memory, with ``listed``; else ``start, end``. Bounds computed before the scores are there spill a tenth of
+    shared memory, with ``copied``; else ``start, end``. Bounds computed before the scores are there spill a tenth of
     what :func:`hide` does; most blocks cross one side only, and are spared the other's test."""
     keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
     late, early = hidden_sides(first_key, tile, p, W, C)

@@ -44,6 +44,8 @@ class Config:
             all tiles are numbered, as in other modes, and those that see nothing left out.
         copied: with ``listed``: each tile is published as soon as the first K of the one before is under way, and rows'
             bounds come with Q, into shared memory.
+        parts: for FULL: what does not fill a wave of programs is cut along the keys, so that each gets as many blocks;
+            who has a tile's first keys adds up what the others leave in global memory.
         mode: FULL, TAIL, CAUSAL, WINDOW or INTERVALS.
         softcap, sinks: the call has them.
         consumer_registers, other_registers: per thread of the warps that compute and of the others.
@@ -63,6 +65,7 @@ class Config:
     turns: bool
     listed: bool
     copied: bool
+    parts: bool
     mode: int
     softcap: bool
     sinks: bool
@@ -81,7 +84,7 @@ def head_dim_class(head_dim: int, v_head_dim: int) -> tuple[int, int] | None:
     return (256, 256) if both <= 256 else None
 
 
-def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: bool) -> Config:
+def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: bool, parts: bool = False) -> Config:
     """The configuration for a class of head dimensions; ``short``: no more than SHORT_CAUSAL keys."""
     # The roles beside the consumers do more where tiles are described in shared memory and V is cleaned.
     described = mode in (WINDOW, INTERVALS)
@@ -131,4 +134,6 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
     # documents 173 / 153, packed 362 / 360 at head dimension 64; larger ones lost 3 to 8 percent by an earlier list.
     copied = mode == INTERVALS and dims == (64, 64)
     listed = copied or (mode == INTERVALS and dims == (128, 128))
-    return Config(v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, listed=listed, copied=copied, **shape)
+    return Config(
+        v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, listed=listed, copied=copied, parts=parts, **shape
+    )  # fmt: skip

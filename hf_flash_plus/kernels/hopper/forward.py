@@ -32,8 +32,11 @@ from .forward_shared import Shared, card, slots, wait_tile, wait_use
 from .primitives import (
     LN2,
     LOG2E,
+    await_flag,
     give_turn,
+    lower_flag,
     pack,
+    raise_flag,
     rescale,
     retire,
     softmax_step,
@@ -45,7 +48,9 @@ from .primitives import (
 from .schedule import (
     CARD,
     CAUSAL,
+    CHUNK,
     FULL,
+    GIVEN,
     INTERVALS,
     RING,
     SOME_EMPTY,
@@ -139,6 +144,59 @@ def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C:
     Rows that see nothing, in tiles where others do, have taken part unmasked (one of them would else make its tile mask
     all blocks): what they came to is replaced here, NaN and all.
     """
+    if C.parts:
+        given = read(sm.tiles, (t % RING) * CARD + GIVEN, 4)
+        chunk = read(sm.tiles, (t % RING) * CARD + CHUNK, 4)
+        if given < 0:
+            _leave(acc, top, total, chunk, p, W, LAYOUT, C)
+            mbarrier.arrive(sm.out_full.index((t % C.q_buffers) * C.consumers + W), count=1)
+        else:
+            for i in range(given):
+                acc, top, total = _add(acc, top, total, chunk + 1 + i, p, W, LAYOUT, C)
+            _send(acc, top, total, sm, t, p, W, LAYOUT, C)
+    else:
+        _send(acc, top, total, sm, t, p, W, LAYOUT, C)
+
+
+@gluon.jit
+def _left(chunk, p, W: gl.constexpr, LAYOUT: gl.constexpr, ROWS: gl.constexpr, C: gl.constexpr):
+    """Where W's part of a chunk is left: its O, its maxima (sums follow 64 numbers on), and whether it is there."""
+    which = chunk * C.consumers + W
+    base = p.bounds_ptr + which * (64 * (C.v_dim + 2))
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT.parent)
+    columns = gl.arange(0, C.v_dim, COLUMNS)
+    out = gl.arange(0, 64, LAYOUT)[:, None] * C.v_dim + columns[None, :]
+    return base + out, base + (64 * C.v_dim + gl.arange(0, 64, ROWS)), p.summary_ptr + which
+
+
+@gluon.jit
+def _leave(acc, top, total, chunk, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """A part of a tile for the program that adds up its parts."""
+    ROWS: gl.constexpr = top.type.layout
+    out, numbers, there = _left(chunk, p, W, LAYOUT, ROWS, C)
+    gl.store(out, acc)
+    gl.store(numbers, top)
+    gl.store(numbers + 64, total)
+    raise_flag(there, W)
+
+
+@gluon.jit
+def _add(acc, top, total, chunk, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """Add what was left by a chunk that was claimed earlier, so that some program is at it, or this one was."""
+    ROWS: gl.constexpr = top.type.layout
+    out, numbers, there = _left(chunk, p, W, LAYOUT, ROWS, C)
+    await_flag(there)
+    other_top, other_total = gl.load(numbers), gl.load(numbers + 64)
+    new_top = gl.maximum(top, other_top)
+    mine, its = gl.exp2(top - new_top), gl.exp2(other_top - new_top)
+    total = total * mine + other_total * its
+    acc = acc * gl.convert_layout(mine, LAYOUT)[:, None] + gl.load(out) * gl.convert_layout(its, LAYOUT)[:, None]
+    lower_flag(there, W)
+    return acc, new_top, total
+
+
+@gluon.jit
+def _send(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
     tile = card(sm, t, W, 4, C)  # once more, instead of registers that live through the loop
     ROWS: gl.constexpr = top.type.layout
     weight = total

@@ -12,11 +12,13 @@ from .primitives import finish_claim, opaque, start_claim, write_zeros
 from .schedule import (
     CARD,
     GAPS,
+    GIVEN,
     INTERVALS,
     LAST,
     N_BLOCKS,
     RING,
     Problem,
+    all_blocks,
     block_key,
     empty_tile,
     find_group,
@@ -26,6 +28,7 @@ from .schedule import (
     n_row_tiles,
     publish,
     publish_listed,
+    publish_part,
     publish_seen,
     read,
     row_bounds,
@@ -150,6 +153,51 @@ def _claim_numbered(k_desc, counter_ptr, sm, p, C: gl.constexpr):
 
 
 @gluon.jit
+def _claim_parts(k_desc, counter_ptr, sm, p, C: gl.constexpr):
+    """The same; behind the tiles that are computed whole chunks of blocks are numbered, the last first. A chunk holds
+    parts of at most two tiles: first the end (or middle) of one, then the beginning of the next, whose program adds
+    up its parts. It waits for chunks with smaller numbers only, which were claimed before."""
+    n_blocks = all_blocks(p, C)
+    whole = p.window_left
+    size = p.window_right
+    rest = (n_row_tiles(p, C) * p.n_heads_total - whole) * n_blocks
+    n_chunks = (rest + size - 1) // size
+    n_programs = gl.num_programs(0)
+    count = 0
+    t = 0
+    number = gl.program_id(0)
+    while number < whole + n_chunks:
+        tile_number = number
+        first, blocks, more, given, chunk = number * 0, n_blocks, number * 0, number * 0, number * 0
+        if number >= whole:
+            chunk = n_chunks - 1 - (number - whole)
+            begin = chunk * size
+            blocks = min(size, rest - begin)
+            tile_number = begin // n_blocks
+            first = begin - tile_number * n_blocks
+            tile_number += whole
+            more = max(first + blocks - n_blocks, 0)
+            blocks -= more
+            given = (n_blocks - blocks + size - 1) // size
+            if first > 0:
+                given = -1
+        tile = publish_part(tile_number, first, blocks, given, chunk, sm.tiles, t % RING, p, C)
+        mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+        t += 1
+        if more > 0:
+            count = _stream_k(k_desc, sm, tile, 0, blocks, count, p, C)
+            given = (n_blocks - more + size - 1) // size
+            tile = publish_part(tile_number + 1, 0, more, given, chunk, sm.tiles, t % RING, p, C)
+            mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+            t += 1
+        count, claimed = _stream_and_claim(k_desc, counter_ptr, sm, tile, count, p, C)
+        number = finish_claim(claimed) + n_programs
+    write(sm.tiles, (t % RING) * CARD + N_BLOCKS, -1)
+    mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+    return count
+
+
+@gluon.jit
 def _claim_seen(k_desc, counter_ptr, sm, p, C: gl.constexpr):
     """The same for row intervals, but for tiles that see nothing, which ``store_out`` writes. Of a section, those
     behind the last one that sees something come last, and all programs leave them out together."""
@@ -256,6 +304,8 @@ def claim_and_load_k(k_desc, counter_ptr, sm, p, C: gl.constexpr):
             count = _claim_listed(k_desc, counter_ptr, sm, own, C)
         else:
             count = _claim_seen(k_desc, counter_ptr, sm, own, C)
+    elif C.parts:
+        count = _claim_parts(k_desc, counter_ptr, sm, p, C)
     else:
         count = _claim_numbered(k_desc, counter_ptr, sm, p, C)
     if C.q_buffers > 1:
@@ -418,6 +468,9 @@ def store_out(out_desc, sm, p, C: gl.constexpr):
             at = buffer * C.consumers + w
             mbarrier.wait(sm.out_full.index(at), (t // C.q_buffers) & 1)
             row = tile.first_row + w * 64
+            if C.parts:  # noqa: SIM102
+                if read(sm.tiles, (t % RING) * CARD + GIVEN, 1) < 0:  # a part, left in global memory
+                    row = p.seqlen_q
             if row < p.seqlen_q:
                 tma_store(out_desc, [tile.batch, row, tile.head, 0], sm.out.index(at * C.out_step))
         tma.store_wait(0)

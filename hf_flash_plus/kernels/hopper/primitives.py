@@ -175,6 +175,50 @@ def finish_claim(claimed):
     return gl.inline_asm_elementwise(asm, "=r,r", [claimed], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@gluon.constexpr_function
+def _flag_asm(before, barrier, after):
+    return f"""{{
+        .reg .pred first;
+        .reg .u32 thread;
+        {before}
+        bar.sync {barrier}, 128;
+        mov.u32 thread, %tid.x;
+        and.b32 thread, thread, 127;
+        setp.eq.u32 first, thread, 0;
+        mov.u32 $0, 0;
+        @first {after}
+    }}"""
+
+
+@gluon.jit
+def raise_flag(pointer, W: gl.constexpr):
+    """Say in global memory that all that warpgroup W has written to it is there (named barriers 10 and 11)."""
+    asm: gl.constexpr = _flag_asm("fence.acq_rel.gpu;", 10 + W, "st.release.gpu.global.u32 [$1], 1;")
+    gl.inline_asm_elementwise(asm, "=r,l", [pointer], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def lower_flag(pointer, W: gl.constexpr):
+    """Take the flag back for the next launch, once all threads of warpgroup W have seen it."""
+    asm: gl.constexpr = _flag_asm("", 10 + W, "st.global.u32 [$1], 0;")
+    gl.inline_asm_elementwise(asm, "=r,l", [pointer], dtype=gl.int32, is_pure=False, pack=1)
+
+
+_AWAIT = gl.constexpr("""{
+    .reg .pred missing;
+    AGAIN:
+    ld.acquire.gpu.global.u32 $0, [$1];
+    setp.eq.u32 missing, $0, 0;
+    @missing bra AGAIN;
+}""")
+
+
+@gluon.jit
+def await_flag(pointer):
+    """Wait for :func:`raise_flag`."""
+    gl.inline_asm_elementwise(_AWAIT, "=&r,l", [pointer], dtype=gl.int32, is_pure=False, pack=1)
+
+
 _ZEROS = gl.constexpr("""{
     .reg .pred wanted;
     setp.ne.s32 wanted, $2, 0;

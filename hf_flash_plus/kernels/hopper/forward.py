@@ -177,7 +177,7 @@ def _leave(acc, top, total, chunk, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: 
     gl.store(out, acc)
     gl.store(numbers, top)
     gl.store(numbers + 64, total)
-    raise_flag(there, W)
+    raise_flag(there)
 
 
 @gluon.jit
@@ -191,7 +191,7 @@ def _add(acc, top, total, chunk, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl
     mine, its = gl.exp2(top - new_top), gl.exp2(other_top - new_top)
     total = total * mine + other_total * its
     acc = acc * gl.convert_layout(mine, LAYOUT)[:, None] + gl.load(out) * gl.convert_layout(its, LAYOUT)[:, None]
-    lower_flag(there, W)
+    lower_flag(there)
     return acc, new_top, total
 
 

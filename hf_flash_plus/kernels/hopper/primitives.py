@@ -175,41 +175,30 @@ def finish_claim(claimed):
     return gl.inline_asm_elementwise(asm, "=r,r", [claimed], dtype=gl.int32, is_pure=False, pack=1)
 
 
-@gluon.constexpr_function
-def _flag_asm(before, barrier, after):
-    return f"""{{
-        .reg .pred first;
-        .reg .u32 thread;
-        {before}
-        bar.sync {barrier}, 128;
-        mov.u32 thread, %tid.x;
-        and.b32 thread, thread, 127;
-        setp.eq.u32 first, thread, 0;
-        mov.u32 $0, 0;
-        @first {after}
-    }}"""
+@gluon.jit
+def raise_flag(pointer):
+    """Say in global memory that all that a warpgroup has written to it is there. (Not in PTX that asks for the thread:
+    after that ptxas does without uniform registers, also in the loops.)"""
+    gl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    gl.thread_barrier()
+    gl.atomic_xchg(pointer, 1)
 
 
 @gluon.jit
-def raise_flag(pointer, W: gl.constexpr):
-    """Say in global memory that all that warpgroup W has written to it is there (named barriers 10 and 11)."""
-    asm: gl.constexpr = _flag_asm("fence.acq_rel.gpu;", 10 + W, "st.release.gpu.global.u32 [$1], 1;")
-    gl.inline_asm_elementwise(asm, "=r,l", [pointer], dtype=gl.int32, is_pure=False, pack=1)
+def lower_flag(pointer):
+    """Take the flag back for the next launch, once all threads of the warpgroup have seen it."""
+    gl.thread_barrier()
+    gl.atomic_xchg(pointer, 0, sem="relaxed")
 
 
-@gluon.jit
-def lower_flag(pointer, W: gl.constexpr):
-    """Take the flag back for the next launch, once all threads of warpgroup W have seen it."""
-    asm: gl.constexpr = _flag_asm("", 10 + W, "st.global.u32 [$1], 0;")
-    gl.inline_asm_elementwise(asm, "=r,l", [pointer], dtype=gl.int32, is_pure=False, pack=1)
-
-
+#: All threads of a warp leave the loop together.
 _AWAIT = gl.constexpr("""{
-    .reg .pred missing;
+    .reg .pred there;
     AGAIN:
     ld.acquire.gpu.global.u32 $0, [$1];
-    setp.eq.u32 missing, $0, 0;
-    @missing bra AGAIN;
+    setp.ne.u32 there, $0, 0;
+    vote.sync.all.pred there, there, 0xffffffff;
+    @!there bra AGAIN;
 }""")
 
 

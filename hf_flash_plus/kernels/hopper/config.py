@@ -131,7 +131,8 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
             "block_n": 64, "chunks": 1, "chunk_dim": 256, "q_buffers": 1, "k_stages": 3, "v_stages": 2,
         }  # fmt: skip
     # One H200, us without / with the list, neither with the summary: padded B8 S2048 219 / 217, S4096 635 / 630, 16 odd
-    # documents 173 / 153, packed 362 / 360 at head dimension 64; larger ones lost 3 to 8 percent by an earlier list.
+    # documents 173 / 153, packed 362 / 360 at head dimension 64. At 128 the list with early claims lost 3 to 8 percent;
+    # with late ones it is expected to gain 4 (hopper.md, sixth round: not run yet).
     copied = mode == INTERVALS and dims == (64, 64)
     listed = copied or (mode == INTERVALS and dims == (128, 128))
     return Config(

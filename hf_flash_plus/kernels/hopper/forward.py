@@ -6,6 +6,9 @@ computes; ``store_out`` (one warp) sends O, which consumers leave where the tile
 shared memory (``forward_shared``). Tiles of row intervals that see nothing are left out: ``store_out`` writes the
 program's share of them. Here is what computes, and the kernel; the other warps are in ``forward_feed``.
 
+Calls without a mask whose last wave of tiles would leave programs idle (``Config.parts``) cut its tiles along the keys:
+of each one part is computed by the program that adds up all of them, the others are left in global memory.
+
 A consumer's slot overlaps the softmax of one block of keys with the product of the previous one's weights and V::
 
     slot i:   S(i) = Q K(i)^T  |  O += P(i-1) V(i-1)        both started
@@ -139,11 +142,7 @@ def _bounds_at(t, W: gl.constexpr, C: gl.constexpr):
 
 @gluon.jit
 def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
-    """O to shared memory, for the warp that stores, and the log-sum-exp to global memory.
-
-    Rows that see nothing, in tiles where others do, have taken part unmasked (one of them would else make its tile mask
-    all blocks): what they came to is replaced here, NaN and all.
-    """
+    """The end of a tile, or of a part of one."""
     if C.parts:
         given = read(sm.tiles, (t % RING) * CARD + GIVEN, 4)
         chunk = read(sm.tiles, (t % RING) * CARD + CHUNK, 4)
@@ -197,6 +196,11 @@ def _add(acc, top, total, chunk, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl
 
 @gluon.jit
 def _send(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """O to shared memory, for the warp that stores, and the log-sum-exp to global memory.
+
+    Rows that see nothing, in tiles where others do, have taken part unmasked (one of them would else make its tile mask
+    all blocks): what they came to is replaced here, NaN and all.
+    """
     tile = card(sm, t, W, 4, C)  # once more, instead of registers that live through the loop
     ROWS: gl.constexpr = top.type.layout
     weight = total

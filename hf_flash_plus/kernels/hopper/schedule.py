@@ -148,8 +148,40 @@ def fields(mode):
 
 
 @gluon.jit
+def _regular_blocks(first_row, p, C: gl.constexpr):
+    """``(n_blocks, first key)`` of a tile with ``halves``. From ``first`` on, a row r of the tile sees the keys r (or
+    r + 1) to r + span. Blocks before key 0 are left out, but ``first`` stays at -64 or before: the half block that the
+    second warpgroup leaves out must hold no keys then. Memory before key 0 reads as zero, and is masked."""
+    span = (p.window_left + 1) // 128 * 128
+    first = first_row + p.offset - span
+    left_out = max(-64 - first, 0) // 128
+    return (span + C.consumers * 64 + 127) // 128 - left_out, first + left_out * 128
+
+
+@gluon.jit
+def hide_late(scores, W: gl.constexpr, LAYOUT: gl.constexpr, N: gl.constexpr):
+    """Scores behind the diagonal to -inf, of warpgroup W's last block of keys (or its lower half: N keys), with
+    ``halves``: the diagonal lies in the same place in all tiles."""
+    limit = opaque(gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + W % 2 * 64)
+    keys = gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
+    return gl.where(keys[None, :] <= limit[:, None], scores, float("-inf"))
+
+
+@gluon.jit
+def hide_early(scores, first_key, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, N: gl.constexpr):
+    """The same for keys before rows' windows or before key 0, of N keys from ``first_key`` on."""
+    diagonal = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
+    limit = opaque(gl.maximum(diagonal - p.window_left, 0) - first_key)
+    keys = gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
+    return gl.where(keys[None, :] >= limit[:, None], scores, float("-inf"))
+
+
+@gluon.jit
 def _window_blocks(first_row, p, C: gl.constexpr):
     """``(n_blocks, n_end, n_begin, first key)`` of a tile, for WINDOW."""
+    if C.halves:
+        n_blocks, first = _regular_blocks(first_row, p, C)
+        return n_blocks, 0, 0, first
     BLOCK_N: gl.constexpr = C.block_n
     last_row = min(first_row + C.consumers * 64, p.seqlen_q) - 1
     first = max(first_row + p.offset - p.window_left, 0)

@@ -159,12 +159,21 @@ def _regular_blocks(first_row, p, C: gl.constexpr):
 
 
 @gluon.jit
+def _groups(limit, LAYOUT: gl.constexpr, N: gl.constexpr):
+    """What to compare instead of ``arange(N)`` and rows' ``limit``: groups of 8, which are constants in a thread, and
+    four numbers. (A thread holds two keys of each group, in two rows; with keys of its own for each compare it spills.)
+    """
+    keys = gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
+    return (keys & -8)[None, :], limit[:, None] - (keys & 7)[None, :]
+
+
+@gluon.jit
 def hide_late(scores, W: gl.constexpr, LAYOUT: gl.constexpr, N: gl.constexpr):
     """Scores behind the diagonal to -inf, of warpgroup W's last block of keys (or its lower half: N keys), with
     ``halves``: the diagonal lies in the same place in all tiles."""
     limit = opaque(gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + W % 2 * 64)
-    keys = gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
-    return gl.where(keys[None, :] <= limit[:, None], scores, float("-inf"))
+    group, rest = _groups(limit, LAYOUT, N)
+    return gl.where(group <= rest, scores, float("-inf"))
 
 
 @gluon.jit
@@ -172,8 +181,8 @@ def hide_early(scores, first_key, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr
     """The same for keys before rows' windows or before key 0, of N keys from ``first_key`` on."""
     diagonal = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
     limit = opaque(gl.maximum(diagonal - p.window_left, 0) - first_key)
-    keys = gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
-    return gl.where(keys[None, :] >= limit[:, None], scores, float("-inf"))
+    group, rest = _groups(limit, LAYOUT, N)
+    return gl.where(group >= rest, scores, float("-inf"))
 
 
 @gluon.jit

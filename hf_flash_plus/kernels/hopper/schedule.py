@@ -160,11 +160,11 @@ def _regular_blocks(first_row, p, C: gl.constexpr):
 
 @gluon.jit
 def _groups(limit, LAYOUT: gl.constexpr, N: gl.constexpr):
-    """What to compare instead of ``arange(N)`` and rows' ``limit``: groups of 8, which are constants in a thread, and
+    """What to compare instead of ``arange(N)`` and rows' ``limit``, a column: groups of 8, which are constants in a thread, and
     four numbers. (A thread holds two keys of each group, in two rows; with keys of its own for each compare it spills.)
     """
     keys = gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
-    return (keys & -8)[None, :], limit[:, None] - (keys & 7)[None, :]
+    return (keys & -8)[None, :], limit - (keys & 7)[None, :]
 
 
 @gluon.jit
@@ -172,7 +172,7 @@ def hide_late(scores, W: gl.constexpr, LAYOUT: gl.constexpr, N: gl.constexpr):
     """Scores behind the diagonal to -inf, of warpgroup W's last block of keys (or its lower half: N keys), with
     ``halves``: the diagonal lies in the same place in all tiles."""
     limit = opaque(gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + W % 2 * 64)
-    group, rest = _groups(limit, LAYOUT, N)
+    group, rest = _groups(limit[:, None], LAYOUT, N)
     return gl.where(group <= rest, scores, float("-inf"))
 
 
@@ -181,7 +181,7 @@ def hide_early(scores, first_key, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr
     """The same for keys before rows' windows or before key 0, of N keys from ``first_key`` on."""
     diagonal = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
     limit = opaque(gl.maximum(diagonal - p.window_left, 0) - first_key)
-    group, rest = _groups(limit, LAYOUT, N)
+    group, rest = _groups(limit[:, None], LAYOUT, N)
     return gl.where(group >= rest, scores, float("-inf"))
 
 
@@ -447,12 +447,13 @@ def hide_outside(
     """Scores of keys outside the rows' bounds to -inf, for WINDOW and INTERVALS. ``copied, at``: where these lie in
     shared memory, with ``listed``; else ``start, end``. Bounds computed before the scores are there spill a tenth of
     what :func:`hide` does; most blocks cross one side only, and are spared the other's test."""
-    keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
     late, early = hidden_sides(first_key, tile, p, W, C)
     if late:
-        scores = gl.where(keys[None, :] < _column(end, copied, at + 1, LAYOUT, C), scores, float("-inf"))
+        group, rest = _groups(_column(end, copied, at + 1, LAYOUT, C) - first_key, LAYOUT, C.block_n)
+        scores = gl.where(group < rest, scores, float("-inf"))
     if early:
-        scores = gl.where(keys[None, :] >= _column(start, copied, at, LAYOUT, C), scores, float("-inf"))
+        group, rest = _groups(_column(start, copied, at, LAYOUT, C) - first_key, LAYOUT, C.block_n)
+        scores = gl.where(group >= rest, scores, float("-inf"))
     return scores
 
 
@@ -465,7 +466,8 @@ def hide(scores, first_key, tile, start, end, p, W: gl.constexpr, LAYOUT: gl.con
         visible = (keys < p.seqlen_k)[None, :]
     elif C.mode == CAUSAL:
         diagonal = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
-        visible = diagonal[:, None] >= keys[None, :]
+        group, rest = _groups(diagonal[:, None] - first_key, LAYOUT, C.block_n)
+        visible = group <= rest
     else:
         if C.mode == WINDOW:
             start, end = window_bounds(tile, p, W, gl.SliceLayout(1, LAYOUT), C)

@@ -43,8 +43,8 @@ class Config:
         listed: for INTERVALS: only tiles that see something are numbered (they are listed by a launch of its own), each
             is published as soon as the first K of the one before is under way, and rows' bounds come with Q, into
             shared memory. Else all tiles are numbered, as in other modes, and those that see nothing left out.
-        halves: for WINDOW, where ``regular_window``: blocks lie so that of each warpgroup's keys only the first block and
-            the last are masked, and one of these is computed half.
+        halves: for WINDOW, where ``regular_window``: blocks lie so that of each warpgroup's keys only the first and the
+            last block are masked, and one of these is computed half.
         mode: FULL, TAIL, CAUSAL, WINDOW or INTERVALS.
         softcap, sinks: the call has them.
         consumer_registers, other_registers: per thread of the warps that compute and of the others.

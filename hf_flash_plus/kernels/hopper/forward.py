@@ -395,7 +395,7 @@ def _start_part(sm, t, count, AT: gl.constexpr, N: gl.constexpr, W: gl.constexpr
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     q = sm.q.index((t % C.q_buffers) * C.consumers + W).reshape([64, C.chunk_dim])
     k = sm.k.index(count % C.k_stages).reshape([C.block_n, C.chunk_dim])
-    if N < C.block_n:
+    if C.block_n > N:
         k = k.slice(AT, N, dim=0)
     zeros = gl.full([64, N], 0.0, gl.float32, LAYOUT)
     return warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -407,7 +407,7 @@ def _start_values_part(
 ):  # fmt: skip
     """:func:`_start_values` of N keys of a block, from AT on."""
     v = sm.v.index(count % C.v_stages).reshape([C.block_n, C.v_dim])
-    if N < C.block_n:
+    if C.block_n > N:
         v = v.slice(AT, N, dim=0)
     return warpgroup_mma(unpack(pairs, N, sm.v.dtype, LAYOUT), v, acc, is_async=True)
 
@@ -415,7 +415,7 @@ def _start_values_part(
 @gluon.jit
 def _widen(pairs, like, N: gl.constexpr):
     """The weights of the lower half of a block, N keys, as those of a whole block, whose others are 0."""
-    if N == like.shape[1] * 2:
+    if like.shape[1] * 2 == N:
         return pairs
     else:
         both = gl.join(pairs, gl.zeros_like(pairs)).permute((0, 2, 1)).reshape([64, like.shape[1]])

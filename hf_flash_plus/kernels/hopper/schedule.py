@@ -5,6 +5,7 @@ WINDOW and INTERVALS need more: the warp that claims a tile describes it in shar
 others read that. The forward kernel publishes all of every tile so, on a card: divisions cost a tile of few blocks.
 Blocks that need masking come first: those at the end of the tile's keys, downwards, then those at the beginning,
 upwards; then the blocks that all rows see, downwards. The online softmax does not mind.
+With ``Config.halves`` no block is told to need masking: see ``forward._consume_window``.
 
 Row intervals leave tiles that see nothing. The forward kernel numbers tiles batch element by batch element, as many
 heads at a time as find their keys in the L2 cache together (a section), and for these the tiles from the last rows that
@@ -160,9 +161,9 @@ def _regular_blocks(first_row, p, C: gl.constexpr):
 
 @gluon.jit
 def _groups(limit, LAYOUT: gl.constexpr, N: gl.constexpr):
-    """What to compare instead of ``arange(N)`` and rows' ``limit``, a column: groups of 8, which are constants in a thread, and
-    four numbers. (A thread holds two keys of each group, in two rows; with keys of its own for each compare it spills.)
-    """
+    """What to compare instead of ``arange(N)`` and rows' ``limit``, a column: groups of 8 keys, which are constants in a
+    thread, and four numbers. (A thread holds two keys of each group, in two rows; with a register for each key it
+    spills.)"""
     keys = gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
     return (keys & -8)[None, :], limit - (keys & 7)[None, :]
 

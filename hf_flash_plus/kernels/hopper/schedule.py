@@ -161,9 +161,8 @@ def _regular_blocks(first_row, p, C: gl.constexpr):
 
 @gluon.jit
 def _groups(limit, LAYOUT: gl.constexpr, N: gl.constexpr):
-    """What to compare instead of ``arange(N)`` and rows' ``limit``, a column: groups of 8 keys, which are constants in a
-    thread, and four numbers. (A thread holds two keys of each group, in two rows; with a register for each key it
-    spills.)"""
+    """What to compare instead of ``arange(N)`` and rows' ``limit``, a column: groups of 8 keys, constants in a thread,
+    and four numbers. (A thread holds two keys of each group, in two rows; with a register for each key it spills.)"""
     keys = gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
     return (keys & -8)[None, :], limit - (keys & 7)[None, :]
 

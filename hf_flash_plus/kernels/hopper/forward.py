@@ -441,8 +441,8 @@ def _begin_slot(
     scores = hide_early(scores, key + AT, tile, p, W, LAYOUT, N)
     new_top, decay, weights = softmax_step(scores, gl.convert_layout(top, ROWS), p.factor, False)
     total = total * gl.convert_layout(decay, S_ROWS) + gl.convert_layout(gl.sum(weights, 1), S_ROWS)
-    _wait(sm.k_full, count + 1, C.k_stages)
-    _wait(sm.v_full, count, C.v_stages)
+    wait_use(sm.k_full, count + 1, C.k_stages)
+    wait_use(sm.v_full, count, C.v_stages)
     acc = warpgroup_mma_wait(0, deps=[next_acc])
     mbarrier.arrive(sm.slot_done.index(count % slots(C)), count=1)
     pairs = pack(weights, N, sm.v.dtype)
@@ -484,7 +484,7 @@ def _consume_window(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
     skipped = 0
     if SKIP_LAST:
         skipped = 1
-    _wait(sm.k_full, 0, C.k_stages)
+    wait_use(sm.k_full, 0, C.k_stages)
     if C.turns and W == 0:
         give_turn(1, C)
     top, total = gl.full([64], 0.0, gl.float32, S_ROWS), gl.full([64], 0.0, gl.float32, S_ROWS)
@@ -492,8 +492,8 @@ def _consume_window(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
     while tile.n_blocks >= 0:
         if THREE:  # noqa: SIM102 (one condition is the compiler's)
             if skipped > 0:
-                _wait(sm.v_full, count, C.v_stages)
-                _wait(sm.k_full, count + 1, C.k_stages)
+                wait_use(sm.v_full, count, C.v_stages)
+                wait_use(sm.k_full, count + 1, C.k_stages)
         take_turn(W, C)
         next_scores = _start_part(sm, t + 1, count + skipped, 0, N_LATE, W, C)
         # (The block before the first is none: any V does, and what comes of it is dropped.)
@@ -507,13 +507,13 @@ def _consume_window(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
         scores = hide_late(scores, W, L_LAYOUT, N_LATE)
         next_top, decay, weights = softmax_step(scores, next_top, p.factor, False)
         next_total = _first_total(weights, next_total, decay, C)
-        _wait_tile(sm, t + 1, W, C)  # long over; keeps warpgroup_mma_wait behind the exponentials
+        wait_tile(sm, t + 1, W, C)  # long over; keeps warpgroup_mma_wait behind the exponentials
         acc = warpgroup_mma_wait(0, deps=[next_acc])
         pairs = _widen(pack(weights, N_LATE, sm.v.dtype), like, N_LATE)
         if t >= 0:
             _finish(acc, top, total, sm, t, p, W, O_ROWS, C)
-        _wait(sm.k_full, count + skipped + 1, C.k_stages)
-        _wait(sm.v_full, count + skipped, C.v_stages)
+        wait_use(sm.k_full, count + skipped + 1, C.k_stages)
+        wait_use(sm.v_full, count + skipped, C.v_stages)
         mbarrier.arrive(sm.slot_done.index(count % slots(C)), count=1)
         if THREE:  # noqa: SIM102
             if skipped > 0:
@@ -540,8 +540,8 @@ def _consume_window(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
                 acc, pairs, top, total, sm, t, count, tile.first_key, tile, p,
                 AT_EARLY, N_EARLY, W, S_ROWS, P_LAYOUT, O_ROWS, C,
             )  # fmt: skip
-        _wait_tile(sm, t + 1, W, C)
-        tile = _card(sm, t + 1, W, 4, C)
+        wait_tile(sm, t + 1, W, C)
+        tile = card(sm, t + 1, W, 4, C)
     next_acc = _start_values_part(acc, pairs, sm, count - 1, P_LAYOUT, AT_EARLY, N_EARLY, C)
     acc = warpgroup_mma_wait(0, deps=[next_acc])
     _finish(acc, top, total, sm, t, p, W, O_ROWS, C)

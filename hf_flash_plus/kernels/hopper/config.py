@@ -43,6 +43,8 @@ class Config:
         listed: for INTERVALS: only tiles that see something are numbered (they are listed by a launch of its own), each
             is published as soon as the first K of the one before is under way, and rows' bounds come with Q, into
             shared memory. Else all tiles are numbered, as in other modes, and those that see nothing left out.
+        halves: for WINDOW, where ``regular_window``: blocks lie so that of each warpgroup's keys only the first and the
+            last block are masked, and one of these is computed half.
         mode: FULL, TAIL, CAUSAL, WINDOW or INTERVALS.
         softcap, sinks: the call has them.
         consumer_registers, other_registers: per thread of the warps that compute and of the others.
@@ -61,6 +63,7 @@ class Config:
     out_step: int
     turns: bool
     listed: bool
+    halves: bool
     mode: int
     softcap: bool
     sinks: bool
@@ -79,8 +82,23 @@ def head_dim_class(head_dim: int, v_head_dim: int) -> tuple[int, int] | None:
     return (256, 256) if both <= 256 else None
 
 
-def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: bool) -> Config:
-    """The configuration for a class of head dimensions; ``short``: no more than SHORT_CAUSAL keys."""
+#: Warpgroups of ``Config.halves`` by head dimensions; others do without.
+HALVES = {(64, 64): 3, (128, 128): 2}
+
+
+def regular_window(dims: tuple[int, int], left: int, right: int, offset: int) -> bool:
+    """Whether a window can be served by ``Config.halves``: causal, of a width that is a multiple of 128 (or one more),
+    every row sees its diagonal, and the first key lies so that the blocks before it can be left out."""
+    if dims not in HALVES or right != 0 or left < 127 or (left + 1) % 128 > 1 or offset < 0:
+        return False
+    span = (left + 1) // 128 * 128
+    phases = offset % 128 <= 64 if HALVES[dims] == 2 else offset % 64 == 0
+    return phases or offset >= span
+
+
+def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: bool, halves: bool = False) -> Config:
+    """The configuration for a class of head dimensions; ``short``: no more than SHORT_CAUSAL keys; ``halves``: the
+    window is a ``regular_window``."""
     # The roles beside the consumers do more where tiles are described in shared memory and V is cleaned.
     described = mode in (WINDOW, INTERVALS)
     shape: dict[str, Any]
@@ -96,7 +114,7 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
             "consumer_registers": 160, "other_registers": 32,
         }  # fmt: skip
         fewer = {"consumers": 2, "consumer_registers": 232, "other_registers": 40}
-        if described:
+        if described and not (halves and HALVES[dims] == 3):
             # Three warpgroups lose where keys hide within blocks, and not by their spills alone: 8 documents in 16k
             # tokens 223 against 372 with two, and 376 with three Q buffers; padded B8 S2048 216, 297 and 301, windows
             # 313, 360 and 360 (one H100).
@@ -128,4 +146,4 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
     # One H200, us without / with the list, neither with the summary: padded B8 S2048 219 / 217, S4096 635 / 630, 16 odd
     # documents 173 / 153, packed 362 / 360 at head dimension 64; larger ones lost 3 to 8 percent by an earlier list.
     listed = mode == INTERVALS and dims == (64, 64)
-    return Config(v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, listed=listed, **shape)
+    return Config(v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, listed=listed, halves=halves, **shape)

@@ -145,8 +145,10 @@ class _Plan(Plan):
 
 
 @cache
-def _plan(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: bool, dtype: torch.dtype) -> _Plan:
-    return _Plan(config.select(dims, mode, short, softcap, sinks), dtype)
+def _plan(
+    dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: bool, dtype: torch.dtype, halves: bool
+) -> _Plan:
+    return _Plan(config.select(dims, mode, short, softcap, sinks, halves), dtype)
 
 
 def _mode(inputs: AttentionInputs, seqlen_q: int, seqlen_k: int) -> int:
@@ -310,11 +312,12 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
     dims = config.head_dim_class(head_dim, v_head_dim)
     assert dims is not None
     softcap, scale = inputs.softcap, inputs.softmax_scale
-    plan = _plan(dims, mode, seqlen_k <= SHORT_CAUSAL, softcap > 0.0, sinks is not None, q.dtype)
     window = (0, 0)
     summary = bounds = tiles = None
     if mode >= WINDOW:
         window = _window(inputs, seqlen_q, seqlen_k)
+    halves = mode == WINDOW and config.regular_window(dims, *window, seqlen_k - seqlen_q)
+    plan = _plan(dims, mode, seqlen_k <= SHORT_CAUSAL, softcap > 0.0, sinks is not None, q.dtype, halves)
     if mode == INTERVALS:
         summary = SummaryLaunch(inputs, window, plan.block_m, plan.config.block_n, False, plan.config.listed)
         bounds, tiles = summary.bounds, summary.summary if summary.listed is None else summary.listed

@@ -26,6 +26,10 @@ class Config(NamedTuple):
         dv_late: the product for dv is waited for when those that follow have been started (with 64 keys only: with 128
             ptxas serialises).
         narrow_first: with 128 keys, which of the two products for dk is started before the next scores.
+        parts: dv has a kernel of its own, dk and dq another (``backward_parts``, of which ``keys`` and ``stages`` are
+            those of the one for dk).
+        from_shared: there, ds is read from shared memory for dk, too.
+        dv_stages: those of q and of dout in the kernel for dv.
     """
 
     block_m: int
@@ -39,6 +43,9 @@ class Config(NamedTuple):
     dp_early: int = 1
     dv_late: bool = False
     narrow_first: bool = False
+    parts: bool = False
+    from_shared: bool = False
+    dv_stages: tuple[int, int] = (2, 2)
 
 
 #: ``backward_wide`` by the width of q and k: 128 keys where those have 192 columns and v 128; 64 where all have 256.
@@ -47,6 +54,8 @@ WIDE = {
     192: Config(64, 2, keys=128, dout_stages=2, dp_early=0),
     256: Config(64, 2, keys=64, dout_stages=1, dp_early=1, dv_late=True),
 }
+#: 256 columns without row intervals.
+PARTS = Config(64, 1, keys=128, dout_stages=1, parts=True)
 
 
 #: Key heads of a program one after the other, at most, at 64 columns.
@@ -74,7 +83,7 @@ def select(dim: int, with_dq: bool, mask: int, listed: bool) -> Config:
     ``mask``: which steps of a program mask, see :func:`mask_of`; ``listed``: by row intervals.
     """
     if dim > 128:
-        return WIDE[dim]
+        return PARTS if dim == 256 and not listed else WIDE[dim]
     if dim == 64:
         halves = mask < 2 or listed
         return Config(128, halves=halves, units=UNITS if halves else 1)

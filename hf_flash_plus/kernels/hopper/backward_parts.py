@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward import RUNTIME, _next_start, _phase, _query_tiles, _schedule, _weights
-from .backward_common import DQ_BARRIER, MASK_ANY, MASK_LEADING, MASK_NONE, meet, reduce_add
+from .backward_common import DQ_BARRIER, MASK_ANY, MASK_LEADING, MASK_NONE, _store_rows_through, meet, reduce_add
 from .backward_wide import (
     DOUT_BARRIER,
     Q_BARRIER,
@@ -48,7 +48,6 @@ from .backward_wide import (
     _operand,
     _packed,
     _start_dp,
-    _store_rows,
     _visible,
     key_layout,
 )
@@ -244,9 +243,7 @@ def _dv_step(
     dv = warpgroup_mma(_operand(weights, q_smem.dtype, P_L), _here(dout_smem, dout_stage), dv, is_async=True)
     s = warpgroup_mma_wait(1, deps=[scores])
     row_start = _row_start(start_smem, next_stage, key_start, HAS_SOFTCAP)
-    p = _weights_of(
-        s, tile, masked, first_key, key_start, row_start, numbers, MASK, HAS_LEFT, HAS_SOFTCAP, TAIL, False
-    )
+    p = _weights_of(s, tile, masked, first_key, key_start, row_start, numbers, MASK, HAS_LEFT, HAS_SOFTCAP, TAIL, False)
     meet("arrive", Q_BARRIER + next_stage)
     dv = warpgroup_mma_wait(0, deps=[dv])
     meet("arrive", DOUT_BARRIER + dout_stage)
@@ -459,7 +456,7 @@ def _consumer(
     gl.thread_barrier()  # the other warpgroup, too, has done with k
     if WITH_DK:
         sums = sums * scale
-    _store_rows(out_ptr, out_stride, seqlen_k - first_key, sums, k_smem.index(0), HEAD_DIM)
+    _store_rows_through(out_ptr, out_stride, seqlen_k - first_key, sums, k_smem.index(0), HEAD_DIM)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
@@ -586,8 +583,8 @@ def attention_backward_part(
         quarters = dq_smem._reinterpret(gl.float32, [2, 16, 128], dq_desc.layout)
         gl.warp_specialize(
             [
-                (_consumer, (tiles, rows, (dq_smem, dq_free), bars, out, work, steps, numbers, HEAD_DIM, WIDTH, Q_STAGES,
-                             DOUT_STAGES, MASK, HAS_LEFT, GROUPED, HAS_SOFTCAP, TAIL, True, FROM_SHARED)),
+                (_consumer, (tiles, rows, (dq_smem, dq_free), bars, out, work, steps, numbers, HEAD_DIM, WIDTH,
+                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, GROUPED, HAS_SOFTCAP, TAIL, True, FROM_SHARED)),
                 (_producer, (descs, blocks, bars, where, WIDTH, Q_STAGES, DOUT_STAGES, ROTATE, True, PHASES)),
                 (_storer, (dq_desc, quarters, dq_free, where, WIDTH, ROTATE, PHASES)),
             ],

@@ -11,7 +11,7 @@ for 128 keys instead of 64. By arithmetic, for 64 keys by 64 rows, in cycles (ho
 ======================= ======== =============
 ``backward_wide``       2560     4350
 dv                      1024     1024
-dk and dq               2048     2500
+dk and dq               2048     2620
 ======================= ======== =============
 
 Roles of warps, formulas and barriers are those of ``backward`` and ``backward_wide``. What differs: there is room for

@@ -50,7 +50,6 @@ from .backward_common import (
     _hand_over,
     _read,
     _store_rows,
-    _store_rows_through,
     _zero_not_finite,
     meet,
     reduce_add,
@@ -528,14 +527,8 @@ def _consumer(
                 BLOCK_M, BLOCK_D, STAGES, MASK, HAS_LEFT, LISTED, HAS_SOFTCAP, TAIL, WITH_DQ,
             )  # fmt: skip
     warpgroup_mma_wait(0, deps=[scores])  # started for a step that does not follow
-    n_keys = seqlen_k - first_key
-    if WITH_DQ and STAGES > 2:  # which take the memory that the stores would have of their own
-        gl.thread_barrier()  # the other warpgroup, too, has done with k and v
-        _store_rows_through(dv_ptr, dv_stride, n_keys, dv, v_smem, V_HEAD_DIM)
-        _store_rows_through(dk_ptr, dk_stride, n_keys, dk * scale, k_smem, HEAD_DIM)
-    else:
-        _store_rows(dv_ptr, dv_stride, n_keys, dv, V_HEAD_DIM)
-        _store_rows(dk_ptr, dk_stride, n_keys, dk * scale, HEAD_DIM)
+    _store_rows(dv_ptr, dv_stride, seqlen_k - first_key, dv, V_HEAD_DIM)
+    _store_rows(dk_ptr, dk_stride, seqlen_k - first_key, dk * scale, HEAD_DIM)
 
 
 @gluon.jit

@@ -252,7 +252,7 @@ def take_apart(
     if config is None:
         listed = mask.row_intervals is not None
         masking = backward_config.mask_of(listed, bounds.has_left, bounds.has_right)
-        config = backward_config.select(dim, MODES[mode] > 0, masking, listed)
+        config = backward_config.select(dim, MODES[mode] > 0, masking, listed, keys)
     n_tiles_k, splits, group = _cdiv(keys, config.keys), 1, nheads // nheads_k
     # Query heads of a group are dealt to several programs where there would be too few to fill the device.
     n_cores = tiles.device_info(q.device).n_cores

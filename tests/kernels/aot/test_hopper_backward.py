@@ -188,7 +188,7 @@ def test_options_of_wide_heads(option: dict[str, int]) -> None:
     _compile("unordered", inputs, 32, backward_config.WIDE[256]._replace(**option), serialized)
 
 
-@pytest.mark.parametrize("option", [{}, {"from_shared": True}, {"dv_stages": (2, 3)}], ids=str)
+@pytest.mark.parametrize("option", [{}, {"dv_stages": (2, 3)}], ids=str)
 def test_options_of_parts(option: dict[str, Any]) -> None:
     """dv in a kernel of its own, with room for what is in flight; without row intervals."""
     serialized = tuple(code for code in SERIALIZED if code != "C7519")
@@ -201,12 +201,6 @@ def test_options_of_parts(option: dict[str, Any]) -> None:
         assert found["main"].plan.kernel.fn.__name__ == (
             "attention_backward_wide" if mask == "intervals" else "attention_backward_part"
         )
-
-
-@pytest.mark.parametrize("mask", ["full", "causal"])
-def test_third_stage(mask: str) -> None:
-    """At 128 columns there is room for one, where dk and dv are stored through the memory of k and v."""
-    _compile("unordered", _inputs(mask, 128, 32, 4096, 0.0, BF16), 32, Config(64, stages=3))
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window", "intervals"])

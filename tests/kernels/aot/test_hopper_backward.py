@@ -98,6 +98,7 @@ VARIANTS = [
     ("unordered", "intervals", 64, 32, 4000, 20.0, BF16, 96),
     ("split", "intervals", 128, 8, 4000, 20.0, BF16, 160),
     ("unordered", "window", 64, 32, 4096, 0.0, FP16, 96),
+    ("split", "window", 64, 32, 4096, 0.0, BF16, 96),
     ("unordered", "intervals", 128, 8, 4000, 0.0, BF16, 128),
 ]
 if os.environ.get("HF_FLASH_PLUS_AOT") == "full":

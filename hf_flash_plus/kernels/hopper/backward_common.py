@@ -121,3 +121,29 @@ def _store_rows(ptr, stride, n_keys, x, DIM: gl.constexpr):
         inside = inside & (columns < DIM)[None, :]
     at = ptr + rows[:, None] * stride + columns[None, :]
     gl.store(at, gl.convert_layout(x.to(ptr.dtype.element_ty), LAYOUT), mask=inside)
+
+
+@gluon.jit
+def _store_rows_through(ptr, stride, n_keys, x, buffer, DIM: gl.constexpr):
+    """As :func:`_store_rows`, of any number of keys.
+
+    ``buffer`` is shared memory of the tile's shape that nobody needs any more, through which threads get whole rows.
+    """
+    KEYS: gl.constexpr = x.shape[0]
+    WIDTH: gl.constexpr = x.shape[1]
+    PIECES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [8, 1], [1, 0])
+    # fp32 is stored as it lies in registers, which fills sectors of 32 bytes.
+    DIRECT: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth == 32
+    LAYOUT: gl.constexpr = x.type.layout if DIRECT else PIECES
+    rows = gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    inside = (rows < n_keys)[:, None]
+    if DIM < WIDTH:
+        inside = inside & (columns < DIM)[None, :]
+    at = ptr + rows[:, None] * stride + columns[None, :]
+    if DIRECT:
+        gl.store(at, x, mask=inside)
+    else:
+        buffer.store(x.to(buffer.dtype))
+        gl.thread_barrier()
+        gl.store(at, buffer.load(LAYOUT), mask=inside)

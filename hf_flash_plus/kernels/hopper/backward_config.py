@@ -26,6 +26,10 @@ class Config(NamedTuple):
         dv_late: the product for dv is waited for when those that follow have been started (with 64 keys only: with 128
             ptxas serialises).
         narrow_first: with 128 keys, which of the two products for dk is started before the next scores.
+        parts: dv has a kernel of its own, dk and dq another (``backward_parts``, of which ``keys`` and ``stages`` are
+            those of the one for dk).
+        from_shared: there, ds is read from shared memory for dk, too.
+        dv_stages: those of q and of dout in the kernel for dv.
     """
 
     block_m: int
@@ -39,6 +43,9 @@ class Config(NamedTuple):
     dp_early: int = 1
     dv_late: bool = False
     narrow_first: bool = False
+    parts: bool = False
+    from_shared: bool = False
+    dv_stages: tuple[int, int] = (2, 2)
 
 
 #: ``backward_wide`` by the width of q and k: 128 keys where those have 192 columns and v 128; 64 where all have 256.
@@ -47,6 +54,8 @@ WIDE = {
     192: Config(64, 2, keys=128, dout_stages=2, dp_early=0),
     256: Config(64, 2, keys=64, dout_stages=1, dp_early=1, dv_late=True),
 }
+#: 256 columns without row intervals.
+PARTS = Config(64, 1, keys=128, dout_stages=1, parts=True, from_shared=True)
 
 
 #: Key heads of a program one after the other, at most, at 64 columns.
@@ -68,13 +77,14 @@ def mask_of(listed: bool, has_left: bool, has_right: bool) -> int:
     return 2 if listed or has_left else int(has_right)
 
 
-def select(dim: int, with_dq: bool, mask: int, listed: bool) -> Config:
+def select(dim: int, with_dq: bool, mask: int, listed: bool, keys: int) -> Config:
     """The configuration for q's and k's width, with or without dq (whose buffers take a third stage's memory).
 
-    ``mask``: which steps of a program mask, see :func:`mask_of`; ``listed``: by row intervals.
+    ``mask``: which steps of a program mask, see :func:`mask_of`; ``listed``: by row intervals; ``keys``: how many.
     """
     if dim > 128:
-        return WIDE[dim]
+        # Two kernels repeat what a program begins and ends with: at 512 keys a causal call loses 4 percent by them.
+        return PARTS if dim == 256 and not listed and (mask == 0 or keys >= 1024) else WIDE[dim]
     if dim == 64:
         halves = mask < 2 or listed
         return Config(128, halves=halves, units=UNITS if halves else 1)
@@ -90,6 +100,7 @@ class DqConfig:
         v_dim: the padded head dimension, of all tensors.
         head_dim: that of dq.
         base2: whether the rows' numbers are -lse in base 2, see :func:`base2`.
+        halves: as in ``config.Config``; never here.
     """
 
     mode: int
@@ -103,6 +114,7 @@ class DqConfig:
     other_registers: int
     consumers: int = 2
     base2: bool = False
+    halves: bool = False
 
 
 def base2(config: Config, softcap: bool) -> bool:

@@ -252,7 +252,7 @@ def take_apart(
     if config is None:
         listed = mask.row_intervals is not None
         masking = backward_config.mask_of(listed, bounds.has_left, bounds.has_right)
-        config = backward_config.select(dim, MODES[mode] > 0, masking, listed)
+        config = backward_config.select(dim, MODES[mode] > 0, masking, listed, keys)
     n_tiles_k, splits, group = _cdiv(keys, config.keys), 1, nheads // nheads_k
     # Query heads of a group are dealt to several programs where there would be too few to fill the device.
     n_cores = tiles.device_info(q.device).n_cores
@@ -314,13 +314,14 @@ _COMPILER = {"num_warps": 4, "enable_fp_fusion": True}
 
 @cache
 def _plan(kind: str, names: tuple[str, ...], values: tuple[Any, ...]) -> Plan:
-    from . import backward, backward_prepare, backward_wide
+    from . import backward, backward_parts, backward_prepare, backward_wide
 
     kernels = {
         "rows": backward_prepare.row_numbers,
         "lists": backward_prepare.query_tile_lists,
         "main": backward.attention_backward,
         "wide": backward_wide.attention_backward_wide,
+        "part": backward_parts.attention_backward_part,
         "dq_rows": backward_prepare.dq_rows,
     }
     return Plan(kernels[kind], {**_COMPILER, **dict(zip(names, values))})
@@ -441,9 +442,11 @@ def _units(parts: Parts, section: int) -> int:
     return units
 
 
-def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section: int | None = None) -> Launch:
+def main_launch(
+    parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section: int | None = None, with_dk: bool = True
+) -> Launch:
     """The launch of the Gluon kernel; ``dk``, ``dv``: (splits, batch, keys, nheads_k, dim), from the first key that
-    takes part on."""
+    takes part on. ``with_dk``: which of two kernels it is, if the configuration says that there are two."""
     batch, nheads, nheads_k, _, keys = parts.sizes
     config, bounds, mode = parts.config, parts.bounds, parts.mode
     listed = parts.intervals is not None
@@ -465,6 +468,8 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     sums: tuple[Any, ...] = (None if buffers.dq_sums is None else _sums_descriptor(buffers.dq_sums),)
     if wide:
         sums = (*sums, _sums_descriptor(buffers.dq_sums, 32) if parts.block_d == 192 else None)
+    if config.parts:
+        sums = (_sums_descriptor(buffers.dq_sums, 16), None)
     arguments = (
         _descriptor(parts.q, block_m, dim), _descriptor(parts.k, keys_n, dim), _descriptor(parts.v, keys_n, v_dim),
         _descriptor(parts.dout, block_m, v_dim), _row_descriptor(buffers.start, block_m),
@@ -491,7 +496,15 @@ def main_launch(parts: Parts, buffers: Buffers, dk: Tensor, dv: Tensor, section:
     # The diagonal runs through the corners of tiles where row i sees keys up to i. Only there it is known how many
     # steps mask; those get a loop of their own.
     corners = mask == 1 and bounds.right == 0
-    if wide:
+    if config.parts:
+        assert mode and not listed, "no row intervals here"
+        kind = "part"
+        for name in ("BLOCK_M", "LISTED"):
+            del options[name]
+        q_stages, dout_stages = (config.stages, config.dout_stages) if with_dk else config.dv_stages
+        options |= {"WIDTH": parts.block_d, "Q_STAGES": q_stages, "DOUT_STAGES": dout_stages, "WITH_DK": with_dk}
+        options |= {"FROM_SHARED": config.from_shared, "MASK": 2 if mask == 1 and not corners else mask}
+    elif wide:
         assert mode, "at these head dimensions dq has no kernel of its own"
         kind = "wide"
         more = parts.block_d % 128
@@ -629,6 +642,8 @@ def backward(
     if parts.intervals is not None and lists is None:
         launches.append(lists_launch(parts, buffers))
     launches.append(main_launch(parts, buffers, dk[:, :, first_key:], dv[:, :, first_key:], section))
+    if parts.config.parts:
+        launches.append(main_launch(parts, buffers, dk[:, :, first_key:], dv[:, :, first_key:], section, False))
     if parts.mode:
         launches.append(dq_rows_launch(parts, buffers, dq[:, first_row:]))
     for each in launches:

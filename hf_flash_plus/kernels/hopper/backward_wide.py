@@ -55,6 +55,7 @@ from .backward_common import (
     MASK_LEADING,
     MASK_NONE,
     _read,
+    _store_rows_through,
     meet,
     reduce_add,
 )
@@ -635,32 +636,6 @@ def _step(
 
 
 @gluon.jit
-def _store_rows(ptr, stride, n_keys, x, buffer, DIM: gl.constexpr):
-    """Store the first ``n_keys`` rows of dk or dv; ``ptr`` points at the tile's first row.
-
-    ``buffer`` is shared memory of the tile's shape that nobody needs any more, through which threads get whole rows.
-    """
-    KEYS: gl.constexpr = x.shape[0]
-    WIDTH: gl.constexpr = x.shape[1]
-    PIECES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [8, 1], [1, 0])
-    # fp32 is stored as it lies in registers, which fills sectors of 32 bytes.
-    DIRECT: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth == 32
-    LAYOUT: gl.constexpr = x.type.layout if DIRECT else PIECES
-    rows = gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
-    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-    inside = (rows < n_keys)[:, None]
-    if DIM < WIDTH:
-        inside = inside & (columns < DIM)[None, :]
-    at = ptr + rows[:, None] * stride + columns[None, :]
-    if DIRECT:
-        gl.store(at, x, mask=inside)
-    else:
-        buffer.store(x.to(buffer.dtype))
-        gl.thread_barrier()
-        gl.store(at, buffer.load(LAYOUT), mask=inside)
-
-
-@gluon.jit
 def _consumer(
     tiles,
     rows,
@@ -786,10 +761,10 @@ def _consumer(
         meet("arrive", Q_BARRIER + stage)
     gl.thread_barrier()  # the other warpgroup, too, has done with k and v
     n_keys = seqlen_k - first_key
-    _store_rows(dv_ptr, dv_stride, n_keys, dv, v_smem.index(0), V_HEAD_DIM)
-    _store_rows(dk_ptr, dk_stride, n_keys, dk * scale, k_smem.index(0), HEAD_DIM)
+    _store_rows_through(dv_ptr, dv_stride, n_keys, dv, v_smem.index(0), V_HEAD_DIM)
+    _store_rows_through(dk_ptr, dk_stride, n_keys, dk * scale, k_smem.index(0), HEAD_DIM)
     if MORE > 0:
-        _store_rows(dk_ptr + WIDE, dk_stride, n_keys, more * scale, k2_smem.index(0), HEAD_DIM - WIDE)
+        _store_rows_through(dk_ptr + WIDE, dk_stride, n_keys, more * scale, k2_smem.index(0), HEAD_DIM - WIDE)
 
 
 @gluon.jit(do_not_specialize=RUNTIME)

@@ -46,6 +46,8 @@ class Config:
             bounds come with Q, into shared memory.
         parts: for FULL: what does not fill a wave of programs is cut along the keys, so that each gets as many blocks;
             who has a tile's first keys adds up what the others leave in global memory.
+        halves: for WINDOW, where ``regular_window``: blocks lie so that of each warpgroup's keys only the first and the
+            last block are masked, and one of these is computed half.
         mode: FULL, TAIL, CAUSAL, WINDOW or INTERVALS.
         softcap, sinks: the call has them.
         consumer_registers, other_registers: per thread of the warps that compute and of the others.
@@ -66,6 +68,7 @@ class Config:
     listed: bool
     copied: bool
     parts: bool
+    halves: bool
     mode: int
     softcap: bool
     sinks: bool
@@ -84,8 +87,31 @@ def head_dim_class(head_dim: int, v_head_dim: int) -> tuple[int, int] | None:
     return (256, 256) if both <= 256 else None
 
 
-def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: bool, parts: bool = False) -> Config:
-    """The configuration for a class of head dimensions; ``short``: no more than SHORT_CAUSAL keys."""
+#: Warpgroups of ``Config.halves`` by head dimensions; others do without.
+HALVES = {(64, 64): 3, (128, 128): 2}
+
+
+def regular_window(dims: tuple[int, int], left: int, right: int, offset: int) -> bool:
+    """Whether a window can be served by ``Config.halves``: causal, of a width that is a multiple of 128 (or one more),
+    every row sees its diagonal, and the first key lies so that the blocks before it can be left out."""
+    if dims not in HALVES or right != 0 or left < 127 or (left + 1) % 128 > 1 or offset < 0:
+        return False
+    span = (left + 1) // 128 * 128
+    phases = offset % 128 <= 64 if HALVES[dims] == 2 else offset % 64 == 0
+    return phases or offset >= span
+
+
+def select(
+    dims: tuple[int, int],
+    mode: int,
+    short: bool,
+    softcap: bool,
+    sinks: bool,
+    halves: bool = False,
+    parts: bool = False,
+) -> Config:
+    """The configuration for a class of head dimensions; ``short``: no more than SHORT_CAUSAL keys; ``halves``: the
+    window is a ``regular_window``; ``parts``: as ``Config.parts``."""
     # The roles beside the consumers do more where tiles are described in shared memory and V is cleaned.
     described = mode in (WINDOW, INTERVALS)
     shape: dict[str, Any]
@@ -101,7 +127,7 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
             "consumer_registers": 160, "other_registers": 32,
         }  # fmt: skip
         fewer = {"consumers": 2, "consumer_registers": 232, "other_registers": 40}
-        if described:
+        if described and not (halves and HALVES[dims] == 3):
             # Three warpgroups lose where keys hide within blocks, and not by their spills alone: 8 documents in 16k
             # tokens 223 against 372 with two, and 376 with three Q buffers; padded B8 S2048 216, 297 and 301, windows
             # 313, 360 and 360 (one H100).
@@ -132,9 +158,10 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
         }  # fmt: skip
     # One H200, us without / with the list, neither with the summary: padded B8 S2048 219 / 217, S4096 635 / 630, 16 odd
     # documents 173 / 153, packed 362 / 360 at head dimension 64. At 128 the list with early claims lost 3 to 8 percent;
-    # with late ones it is expected to gain 4 (hopper.md, sixth round: not run yet).
+    # with late ones it is expected to gain 4 (hopper.md, seventh round: not run yet).
     copied = mode == INTERVALS and dims == (64, 64)
     listed = copied or (mode == INTERVALS and dims == (128, 128))
     return Config(
-        v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, listed=listed, copied=copied, parts=parts, **shape
+        v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, listed=listed, copied=copied, halves=halves,
+        parts=parts, **shape
     )  # fmt: skip

@@ -61,6 +61,8 @@ from .schedule import (
     Problem,
     block_key,
     hide,
+    hide_early,
+    hide_late,
     hide_outside,
     leading_hidden,
     needs_hiding,
@@ -217,7 +219,7 @@ def _send(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: g
             top, total = gl.where(empty, no_top, top), gl.where(empty, no_total, total)
             weight = gl.where(empty, 0.0, weight)
     out_total = gl.convert_layout(weight, LAYOUT)[:, None]
-    if C.mode >= WINDOW:
+    if C.mode >= WINDOW and not C.halves:
         out = gl.where(out_total == 0.0, 0.0, acc * (1.0 / out_total))
     else:
         out = acc * (1.0 / out_total)
@@ -450,12 +452,172 @@ def _consume_overlapped(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
+def _start_part(sm, t, count, AT: gl.constexpr, N: gl.constexpr, W: gl.constexpr, C: gl.constexpr):
+    """:func:`_start_scores` of N keys of a block, from AT on."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    q = sm.q.index((t % C.q_buffers) * C.consumers + W).reshape([64, C.chunk_dim])
+    k = sm.k.index(count % C.k_stages).reshape([C.block_n, C.chunk_dim])
+    if C.block_n > N:
+        k = k.slice(AT, N, dim=0)
+    zeros = gl.full([64, N], 0.0, gl.float32, LAYOUT)
+    return warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _start_values_part(
+    acc, pairs, sm, count, LAYOUT: gl.constexpr, AT: gl.constexpr, N: gl.constexpr, C: gl.constexpr
+):  # fmt: skip
+    """:func:`_start_values` of N keys of a block, from AT on."""
+    v = sm.v.index(count % C.v_stages).reshape([C.block_n, C.v_dim])
+    if C.block_n > N:
+        v = v.slice(AT, N, dim=0)
+    return warpgroup_mma(unpack(pairs, N, sm.v.dtype, LAYOUT), v, acc, is_async=True)
+
+
+@gluon.jit
+def _widen(pairs, like, N: gl.constexpr):
+    """The weights of the lower half of a block, N keys, as those of a whole block, whose others are 0."""
+    if like.shape[1] * 2 == N:
+        return pairs
+    else:
+        both = gl.join(pairs, gl.zeros_like(pairs)).permute((0, 2, 1)).reshape([64, like.shape[1]])
+        return gl.convert_layout(both, like.type.layout)
+
+
+@gluon.jit
+def _begin_slot(
+    acc, pairs, top, total, sm, t, count, key, tile, p,
+    AT: gl.constexpr, N: gl.constexpr, W: gl.constexpr, S_ROWS: gl.constexpr, P_LAYOUT: gl.constexpr,
+    O_ROWS: gl.constexpr, C: gl.constexpr,
+):  # fmt: skip
+    """A slot with the first block that warpgroup W sees, which begins at ``key`` (N keys of it, from AT on)."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    take_turn(W, C)
+    next_scores = _start_part(sm, t, count, AT, N, W, C)
+    next_acc = _start_values(acc, pairs, sm, count - 1, P_LAYOUT, C)
+    give_turn(W, C)
+    scores = warpgroup_mma_wait(1, deps=[next_scores])
+    _free_k(sm, count, 0, C)
+    scores = _capped(scores, p, sm.v.dtype, C)
+    scores = hide_early(scores, key + AT, tile, p, W, LAYOUT, N)
+    new_top, decay, weights = softmax_step(scores, gl.convert_layout(top, ROWS), p.factor, False)
+    total = total * gl.convert_layout(decay, S_ROWS) + gl.convert_layout(gl.sum(weights, 1), S_ROWS)
+    wait_use(sm.k_full, count + 1, C.k_stages)
+    wait_use(sm.v_full, count, C.v_stages)
+    acc = warpgroup_mma_wait(0, deps=[next_acc])
+    mbarrier.arrive(sm.slot_done.index(count % slots(C)), count=1)
+    pairs = pack(weights, N, sm.v.dtype)
+    acc = rescale(acc, gl.convert_layout(decay, O_ROWS)[:, None])
+    return acc, pairs, gl.convert_layout(new_top, S_ROWS), total, count + 1
+
+
+@gluon.jit
+def _consume_window(tile, sm, p, W: gl.constexpr, C: gl.constexpr):
+    """The tiles of a program with ``halves``, at least one. Keys are taken downwards. A warpgroup sees ``span + 63``
+    keys, which begin (W even) or end (W odd) with a block: half of the last or of the first one it leaves out. Of three
+    warpgroups the first two leave out the tile's last block, the third one the first, but where blocks were left out
+    before it and it holds keys.
+
+    The last block shares a slot with the end of the tile before, as in :func:`_consume_overlapped`.
+    """
+    BLOCK_N: gl.constexpr = C.block_n
+    HALF: gl.constexpr = BLOCK_N // 2
+    N_LATE: gl.constexpr = HALF if W % 2 == 0 else BLOCK_N
+    N_EARLY: gl.constexpr = BLOCK_N if W % 2 == 0 else HALF
+    AT_EARLY: gl.constexpr = BLOCK_N - N_EARLY
+    THREE: gl.constexpr = C.consumers == 3
+    SKIP_LAST: gl.constexpr = THREE and W < 2
+    SKIP_FIRST: gl.constexpr = THREE and W == 2
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    L_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N_LATE, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.v_dim, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    L_ROWS: gl.constexpr = gl.SliceLayout(1, L_LAYOUT)
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    E_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N_EARLY, 16])
+    zeros = gl.full([64, BLOCK_N], 0.0, gl.float32, S_LAYOUT)
+    like = pack(zeros, BLOCK_N, sm.v.dtype)
+    acc = gl.full([64, C.v_dim], 0.0, gl.float32, O_LAYOUT)
+    # Before the first tile one is made up, as in _consume_overlapped.
+    t = -1
+    count = 0
+    skipped = 0
+    if SKIP_LAST:
+        skipped = 1
+    wait_use(sm.k_full, 0, C.k_stages)
+    if C.turns and W == 0:
+        give_turn(1, C)
+    top, total = gl.full([64], 0.0, gl.float32, S_ROWS), gl.full([64], 0.0, gl.float32, S_ROWS)
+    pairs = pack(gl.full([64, N_EARLY], 0.0, gl.float32, E_LAYOUT), N_EARLY, sm.v.dtype)
+    while tile.n_blocks >= 0:
+        if THREE:  # noqa: SIM102 (one condition is the compiler's)
+            if skipped > 0:
+                wait_use(sm.v_full, count, C.v_stages)
+                wait_use(sm.k_full, count + 1, C.k_stages)
+        take_turn(W, C)
+        next_scores = _start_part(sm, t + 1, count + skipped, 0, N_LATE, W, C)
+        # (The block before the first is none: any V does, and what comes of it is dropped.)
+        next_acc = _start_values_part(acc, pairs, sm, count + (C.v_stages - 1), P_LAYOUT, AT_EARLY, N_EARLY, C)
+        give_turn(W, C)
+        next_top, next_total = _start_softmax(tile, p, L_ROWS, C)
+        scores = warpgroup_mma_wait(1, deps=[next_scores])
+        if C.free_k_first:
+            mbarrier.arrive(sm.k_done.index((count + skipped) % C.k_stages), count=1)
+        scores = _capped(scores, p, sm.v.dtype, C)
+        scores = hide_late(scores, W, L_LAYOUT, N_LATE)
+        next_top, decay, weights = softmax_step(scores, next_top, p.factor, False)
+        next_total = _first_total(weights, next_total, decay, C)
+        wait_tile(sm, t + 1, W, C)  # long over; keeps warpgroup_mma_wait behind the exponentials
+        acc = warpgroup_mma_wait(0, deps=[next_acc])
+        pairs = _widen(pack(weights, N_LATE, sm.v.dtype), like, N_LATE)
+        if t >= 0:
+            _finish(acc, top, total, sm, t, p, W, O_ROWS, C)
+        wait_use(sm.k_full, count + skipped + 1, C.k_stages)
+        wait_use(sm.v_full, count + skipped, C.v_stages)
+        mbarrier.arrive(sm.slot_done.index(count % slots(C)), count=1)
+        if THREE:  # noqa: SIM102
+            if skipped > 0:
+                mbarrier.arrive(sm.slot_done.index((count + 1) % slots(C)), count=1)
+        acc = gl.full([64, C.v_dim], 0.0, gl.float32, O_LAYOUT)
+        count += skipped + 1
+        top, total = gl.convert_layout(next_top, S_ROWS), gl.convert_layout(next_total, S_ROWS)
+        t += 1
+        acc, pairs, top, total, count = _slots(
+            acc, pairs, top, total, sm, t, count, C.consumers - 1, tile.n_blocks - 1, tile, zeros, p,
+            False, W, S_LAYOUT, P_LAYOUT, O_ROWS, C,
+        )  # fmt: skip
+        if SKIP_FIRST:
+            skipped = 1
+            if (tile.first_key < 0) & (tile.first_key > -BLOCK_N):
+                skipped = 0
+            for i in range(2 - skipped):
+                acc, pairs, top, total, count = _begin_slot(
+                    acc, pairs, top, total, sm, t, count, tile.first_key + (1 - i) * BLOCK_N, tile, p,
+                    AT_EARLY, N_EARLY, W, S_ROWS, P_LAYOUT, O_ROWS, C,
+                )  # fmt: skip
+        else:
+            acc, pairs, top, total, count = _begin_slot(
+                acc, pairs, top, total, sm, t, count, tile.first_key, tile, p,
+                AT_EARLY, N_EARLY, W, S_ROWS, P_LAYOUT, O_ROWS, C,
+            )  # fmt: skip
+        wait_tile(sm, t + 1, W, C)
+        tile = card(sm, t + 1, W, 4, C)
+    next_acc = _start_values_part(acc, pairs, sm, count - 1, P_LAYOUT, AT_EARLY, N_EARLY, C)
+    acc = warpgroup_mma_wait(0, deps=[next_acc])
+    _finish(acc, top, total, sm, t, p, W, O_ROWS, C)
+
+
+@gluon.jit
 def _consume(sm, p, W: gl.constexpr, C: gl.constexpr):
     """Four warps: 64 rows of each tile."""
     wait_tile(sm, 0, W, C)
     tile = card(sm, 0, W, 4, C)
     if C.q_buffers == 1:
         _consume_one_by_one(tile, sm, p, W, C)
+    elif C.halves:
+        _consume_window(tile, sm, p, W, C)
     elif C.mode == INTERVALS:
         if tile.n_blocks >= 0:  # else no tile of this program sees anything
             _consume_overlapped(tile, sm, p, W, C)

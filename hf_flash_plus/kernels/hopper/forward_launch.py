@@ -149,9 +149,16 @@ class _Plan(Plan):
 
 @cache
 def _plan(
-    dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: bool, dtype: torch.dtype, parts: bool = False
+    dims: tuple[int, int],
+    mode: int,
+    short: bool,
+    softcap: bool,
+    sinks: bool,
+    dtype: torch.dtype,
+    halves: bool,
+    parts: bool,
 ) -> _Plan:
-    return _Plan(config.select(dims, mode, short, softcap, sinks, parts), dtype)
+    return _Plan(config.select(dims, mode, short, softcap, sinks, halves, parts), dtype)
 
 
 def _mode(inputs: AttentionInputs, seqlen_q: int, seqlen_k: int) -> int:
@@ -338,12 +345,13 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
     parts = None
     if mode == FULL and dims == (128, 128) and sinks is None:
         parts = _parts(n_heads * -(-seqlen_q // 128), -(-seqlen_k // 128), _n_programs(q.device.index))
-    short = seqlen_k <= SHORT_CAUSAL
-    plan = _plan(dims, mode, short, softcap > 0.0, sinks is not None, q.dtype, parts is not None)
     window = (0, 0) if parts is None else parts
     summary = bounds = tiles = None
     if mode >= WINDOW:
         window = _window(inputs, seqlen_q, seqlen_k)
+    halves = mode == WINDOW and config.regular_window(dims, *window, seqlen_k - seqlen_q)
+    short = seqlen_k <= SHORT_CAUSAL
+    plan = _plan(dims, mode, short, softcap > 0.0, sinks is not None, q.dtype, halves, parts is not None)
     if mode == INTERVALS:
         summary = SummaryLaunch(inputs, window, plan.block_m, plan.config.block_n, False, plan.config.listed)
         bounds, tiles = summary.bounds, summary.summary if summary.listed is None else summary.listed

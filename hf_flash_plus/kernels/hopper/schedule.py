@@ -5,6 +5,7 @@ WINDOW and INTERVALS need more: the warp that claims a tile describes it in shar
 others read that. The forward kernel publishes all of every tile so, on a card: divisions cost a tile of few blocks.
 Blocks that need masking come first: those at the end of the tile's keys, downwards, then those at the beginning,
 upwards; then the blocks that all rows see, downwards. The online softmax does not mind.
+With ``Config.halves`` no block is told to need masking: see ``forward._consume_window``.
 
 Row intervals leave tiles that see nothing. The forward kernel numbers tiles batch element by batch element, as many
 heads at a time as find their keys in the L2 cache together (a section), and for these the tiles from the last rows that
@@ -153,8 +154,48 @@ def fields(mode):
 
 
 @gluon.jit
+def _regular_blocks(first_row, p, C: gl.constexpr):
+    """``(n_blocks, first key)`` of a tile with ``halves``. From ``first`` on, a row r of the tile sees the keys r (or
+    r + 1) to r + span. Blocks before key 0 are left out, but ``first`` stays at -64 or before: the half block that the
+    second warpgroup leaves out must hold no keys then. Memory before key 0 reads as zero, and is masked."""
+    span = (p.window_left + 1) // 128 * 128
+    first = first_row + p.offset - span
+    left_out = max(-64 - first, 0) // 128
+    return (span + C.consumers * 64 + 127) // 128 - left_out, first + left_out * 128
+
+
+@gluon.jit
+def _groups(limit, LAYOUT: gl.constexpr, N: gl.constexpr):
+    """What to compare instead of ``arange(N)`` and rows' ``limit``, a column: groups of 8 keys, constants in a thread,
+    and four numbers. (A thread holds two keys of each group, in two rows; with a register for each key it spills.)"""
+    keys = gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
+    return (keys & -8)[None, :], limit - (keys & 7)[None, :]
+
+
+@gluon.jit
+def hide_late(scores, W: gl.constexpr, LAYOUT: gl.constexpr, N: gl.constexpr):
+    """Scores behind the diagonal to -inf, of warpgroup W's last block of keys (or its lower half: N keys), with
+    ``halves``: the diagonal lies in the same place in all tiles."""
+    limit = opaque(gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + W % 2 * 64)
+    group, rest = _groups(limit[:, None], LAYOUT, N)
+    return gl.where(group <= rest, scores, float("-inf"))
+
+
+@gluon.jit
+def hide_early(scores, first_key, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, N: gl.constexpr):
+    """The same for keys before rows' windows or before key 0, of N keys from ``first_key`` on."""
+    diagonal = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
+    limit = opaque(gl.maximum(diagonal - p.window_left, 0) - first_key)
+    group, rest = _groups(limit[:, None], LAYOUT, N)
+    return gl.where(group >= rest, scores, float("-inf"))
+
+
+@gluon.jit
 def _window_blocks(first_row, p, C: gl.constexpr):
     """``(n_blocks, n_end, n_begin, first key)`` of a tile, for WINDOW."""
+    if C.halves:
+        n_blocks, first = _regular_blocks(first_row, p, C)
+        return n_blocks, 0, 0, first
     BLOCK_N: gl.constexpr = C.block_n
     last_row = min(first_row + C.consumers * 64, p.seqlen_q) - 1
     first = max(first_row + p.offset - p.window_left, 0)
@@ -437,12 +478,13 @@ def hide_outside(
     """Scores of keys outside the rows' bounds to -inf, for WINDOW and INTERVALS. ``copied, at``: where these lie in
     shared memory, with ``copied``; else ``start, end``. Bounds computed before the scores are there spill a tenth of
     what :func:`hide` does; most blocks cross one side only, and are spared the other's test."""
-    keys = first_key + gl.arange(0, C.block_n, gl.SliceLayout(0, LAYOUT))
     late, early = hidden_sides(first_key, tile, p, W, C)
     if late:
-        scores = gl.where(keys[None, :] < _column(end, copied, at + 1, LAYOUT, C), scores, float("-inf"))
+        group, rest = _groups(_column(end, copied, at + 1, LAYOUT, C) - first_key, LAYOUT, C.block_n)
+        scores = gl.where(group < rest, scores, float("-inf"))
     if early:
-        scores = gl.where(keys[None, :] >= _column(start, copied, at, LAYOUT, C), scores, float("-inf"))
+        group, rest = _groups(_column(start, copied, at, LAYOUT, C) - first_key, LAYOUT, C.block_n)
+        scores = gl.where(group >= rest, scores, float("-inf"))
     return scores
 
 
@@ -455,7 +497,8 @@ def hide(scores, first_key, tile, start, end, p, W: gl.constexpr, LAYOUT: gl.con
         visible = (keys < p.seqlen_k)[None, :]
     elif C.mode == CAUSAL:
         diagonal = tile.first_row + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + p.offset
-        visible = diagonal[:, None] >= keys[None, :]
+        group, rest = _groups(diagonal[:, None] - first_key, LAYOUT, C.block_n)
+        visible = group <= rest
     else:
         if C.mode == WINDOW:
             start, end = window_bounds(tile, p, W, gl.SliceLayout(1, LAYOUT), C)

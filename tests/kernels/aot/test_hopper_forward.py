@@ -58,7 +58,7 @@ FULL = [
     Variant(dims, mask, dtype, terms)
     for dims, mask, dtype, terms in itertools.product(
         ((64, 64), (128, 128), (192, 128), (256, 256)),
-        ("full", "whole", "tail", "causal", "short", "window", "intervals"),
+        ("full", "whole", "tail", "causal", "short", "window", "any window", "intervals"),
         (torch.bfloat16, torch.float16),
         (False, True),
     )
@@ -68,7 +68,9 @@ REPRESENTATIVE = [
     Variant((128, 128), "causal"),
     Variant((128, 128), "full"),
     Variant((128, 128), "intervals", torch.float16),
-    Variant((64, 64), "window", terms=True),
+    Variant((64, 64), "window"),
+    Variant((64, 64), "any window", terms=True),
+    Variant((128, 128), "window"),
     Variant((192, 128), "causal"),
     Variant((256, 256), "intervals"),
     Variant((64, 64), "intervals", terms=True),
@@ -82,6 +84,7 @@ def inputs_of(variant: Variant) -> AttentionInputs:
         "causal": AttentionMask(causal=True),
         "short": AttentionMask(causal=True),
         "window": AttentionMask(causal=True, window=(1023, -1)),
+        "any window": AttentionMask(causal=True, window=(999, -1)),
         "intervals": AttentionMask(row_intervals=torch.empty(2, seqlen, 2, dtype=torch.int32, device="meta")),
     }
     terms = {"softcap": 30.0, "sinks": torch.empty(32, device="meta")} if variant.terms else {}
@@ -254,6 +257,12 @@ def test_configurations_are_sound() -> None:
         assert 10 + 2 * chosen.consumers <= config.CARD
         assert config.CARD + 3 <= config.LISTED
         assert not (chosen.turns and chosen.consumers != 2)
+        if dim in config.HALVES:
+            halved = config.select(dim, config.WINDOW, short, False, False, True)
+            assert halved.halves and halved.consumers == config.HALVES[dim] and halved.block_n == 128
+            assert halved.q_buffers > 1 and halved.chunks == 1 and not halved.early_free
+            assert halved.consumers == 2 or not halved.free_k_first
+            assert halved.v_stages <= halved.k_stages or halved.free_k_first
         assert not chosen.listed or (mode == config.INTERVALS and chosen.q_buffers > 1 and chosen.chunks == 1)
         assert chosen.listed or not chosen.copied
         assert not chosen.parts

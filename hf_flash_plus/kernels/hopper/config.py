@@ -40,9 +40,12 @@ class Config:
         free_k_first: K is freed as soon as its scores are there; else together with V of the block before.
         out_step: O lies in Q's memory; the distance of two warpgroups' O in units of O.
         turns: two warpgroups start their matrix products in turn.
-        listed: for INTERVALS: only tiles that see something are numbered (they are listed by a launch of its own), each
-            is published as soon as the first K of the one before is under way, and rows' bounds come with Q, into
-            shared memory. Else all tiles are numbered, as in other modes, and those that see nothing left out.
+        listed: for INTERVALS: only tiles that see something are numbered (they are listed by a launch of its own). Else
+            all tiles are numbered, as in other modes, and those that see nothing left out.
+        copied: with ``listed``: each tile is published as soon as the first K of the one before is under way, and rows'
+            bounds come with Q, into shared memory.
+        parts: for FULL: what does not fill a wave of programs is cut along the keys, so that each gets as many blocks;
+            who has a tile's first keys adds up what the others leave in global memory.
         halves: for WINDOW, where ``regular_window``: blocks lie so that of each warpgroup's keys only the first and the
             last block are masked, and one of these is computed half.
         mode: FULL, TAIL, CAUSAL, WINDOW or INTERVALS.
@@ -63,6 +66,8 @@ class Config:
     out_step: int
     turns: bool
     listed: bool
+    copied: bool
+    parts: bool
     halves: bool
     mode: int
     softcap: bool
@@ -96,9 +101,17 @@ def regular_window(dims: tuple[int, int], left: int, right: int, offset: int) ->
     return phases or offset >= span
 
 
-def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: bool, halves: bool = False) -> Config:
+def select(
+    dims: tuple[int, int],
+    mode: int,
+    short: bool,
+    softcap: bool,
+    sinks: bool,
+    halves: bool = False,
+    parts: bool = False,
+) -> Config:
     """The configuration for a class of head dimensions; ``short``: no more than SHORT_CAUSAL keys; ``halves``: the
-    window is a ``regular_window``."""
+    window is a ``regular_window``; ``parts``: as ``Config.parts``."""
     # The roles beside the consumers do more where tiles are described in shared memory and V is cleaned.
     described = mode in (WINDOW, INTERVALS)
     shape: dict[str, Any]
@@ -144,6 +157,11 @@ def select(dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: 
             "block_n": 64, "chunks": 1, "chunk_dim": 256, "q_buffers": 1, "k_stages": 3, "v_stages": 2,
         }  # fmt: skip
     # One H200, us without / with the list, neither with the summary: padded B8 S2048 219 / 217, S4096 635 / 630, 16 odd
-    # documents 173 / 153, packed 362 / 360 at head dimension 64; larger ones lost 3 to 8 percent by an earlier list.
-    listed = mode == INTERVALS and dims == (64, 64)
-    return Config(v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, listed=listed, halves=halves, **shape)
+    # documents 173 / 153, packed 362 / 360 at head dimension 64. At 128 the list with early claims lost 3 to 8 percent;
+    # with late ones it is expected to gain 4 (hopper.md, seventh round: not run yet).
+    copied = mode == INTERVALS and dims == (64, 64)
+    listed = copied or (mode == INTERVALS and dims == (128, 128))
+    return Config(
+        v_dim=dims[1], mode=mode, softcap=softcap, sinks=sinks, listed=listed, copied=copied, halves=halves,
+        parts=parts, **shape
+    )  # fmt: skip

@@ -6,6 +6,9 @@ computes; ``store_out`` (one warp) sends O, which consumers leave where the tile
 shared memory (``forward_shared``). Tiles of row intervals that see nothing are left out: ``store_out`` writes the
 program's share of them. Here is what computes, and the kernel; the other warps are in ``forward_feed``.
 
+Calls without a mask whose last wave of tiles would leave programs idle (``Config.parts``) cut its tiles along the keys:
+of each one part is computed by the program that adds up all of them, the others are left in global memory.
+
 A consumer's slot overlaps the softmax of one block of keys with the product of the previous one's weights and V::
 
     slot i:   S(i) = Q K(i)^T  |  O += P(i-1) V(i-1)        both started
@@ -32,8 +35,11 @@ from .forward_shared import Shared, card, slots, wait_tile, wait_use
 from .primitives import (
     LN2,
     LOG2E,
+    await_flag,
     give_turn,
+    lower_flag,
     pack,
+    raise_flag,
     rescale,
     retire,
     softmax_step,
@@ -45,7 +51,9 @@ from .primitives import (
 from .schedule import (
     CARD,
     CAUSAL,
+    CHUNK,
     FULL,
+    GIVEN,
     INTERVALS,
     RING,
     SOME_EMPTY,
@@ -136,6 +144,60 @@ def _bounds_at(t, W: gl.constexpr, C: gl.constexpr):
 
 @gluon.jit
 def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """The end of a tile, or of a part of one."""
+    if C.parts:
+        given = read(sm.tiles, (t % RING) * CARD + GIVEN, 4)
+        chunk = read(sm.tiles, (t % RING) * CARD + CHUNK, 4)
+        if given < 0:
+            _leave(acc, top, total, chunk, p, W, LAYOUT, C)
+            mbarrier.arrive(sm.out_full.index((t % C.q_buffers) * C.consumers + W), count=1)
+        else:
+            for i in range(given):
+                acc, top, total = _add(acc, top, total, chunk + 1 + i, p, W, LAYOUT, C)
+            _send(acc, top, total, sm, t, p, W, LAYOUT, C)
+    else:
+        _send(acc, top, total, sm, t, p, W, LAYOUT, C)
+
+
+@gluon.jit
+def _left(chunk, p, W: gl.constexpr, LAYOUT: gl.constexpr, ROWS: gl.constexpr, C: gl.constexpr):
+    """Where W's part of a chunk is left: its O, its maxima (sums follow 64 numbers on), and whether it is there."""
+    which = chunk * C.consumers + W
+    base = p.bounds_ptr + which * (64 * (C.v_dim + 2))
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT.parent)
+    columns = gl.arange(0, C.v_dim, COLUMNS)
+    out = gl.arange(0, 64, LAYOUT)[:, None] * C.v_dim + columns[None, :]
+    return base + out, base + (64 * C.v_dim + gl.arange(0, 64, ROWS)), p.summary_ptr + which
+
+
+@gluon.jit
+def _leave(acc, top, total, chunk, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """A part of a tile for the program that adds up its parts."""
+    ROWS: gl.constexpr = top.type.layout
+    out, numbers, there = _left(chunk, p, W, LAYOUT, ROWS, C)
+    gl.store(out, acc)
+    gl.store(numbers, top)
+    gl.store(numbers + 64, total)
+    raise_flag(there)
+
+
+@gluon.jit
+def _add(acc, top, total, chunk, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """Add what was left by a chunk that was claimed earlier, so that some program is at it, or this one was."""
+    ROWS: gl.constexpr = top.type.layout
+    out, numbers, there = _left(chunk, p, W, LAYOUT, ROWS, C)
+    await_flag(there)
+    other_top, other_total = gl.load(numbers), gl.load(numbers + 64)
+    new_top = gl.maximum(top, other_top)
+    mine, its = gl.exp2(top - new_top), gl.exp2(other_top - new_top)
+    total = total * mine + other_total * its
+    acc = acc * gl.convert_layout(mine, LAYOUT)[:, None] + gl.load(out) * gl.convert_layout(its, LAYOUT)[:, None]
+    lower_flag(there)
+    return acc, new_top, total
+
+
+@gluon.jit
+def _send(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
     """O to shared memory, for the warp that stores, and the log-sum-exp to global memory.
 
     Rows that see nothing, in tiles where others do, have taken part unmasked (one of them would else make its tile mask
@@ -147,7 +209,7 @@ def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C:
     if C.mode == INTERVALS:
         some_empty = read(sm.tiles, (t % RING) * CARD + SOME_EMPTY, 4)
         if some_empty > 0:
-            if C.listed:
+            if C.copied:
                 at = _bounds_at(t, W, C)
                 row_start, row_end = sm.bounds.index(at).load(ROWS), sm.bounds.index(at + 1).load(ROWS)
             else:
@@ -176,9 +238,9 @@ def _finish(acc, top, total, sm, t, p, W: gl.constexpr, LAYOUT: gl.constexpr, C:
 @gluon.jit
 def _bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr):
     """The bounds of W's rows, for WINDOW and INTERVALS. Found while S is computed, for each block that may need
-    masking: carried along they cost registers in the blocks that do not. With ``listed`` they are read where they are
+    masking: carried along they cost registers in the blocks that do not. With ``copied`` they are read where they are
     needed (``schedule.hide_outside``)."""
-    if C.mode == INTERVALS and not C.listed:
+    if C.mode == INTERVALS and not C.copied:
         return row_bounds(tile, p, W, LAYOUT, C)
     elif C.mode == WINDOW:
         return window_bounds(tile, p, W, LAYOUT, C)
@@ -619,7 +681,7 @@ def attention_forward(
     CARDS: gl.constexpr = RING
     tiles = gl.allocate_shared_memory(gl.int32, [CARDS * CARD, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bounds = tiles
-    if C.listed:
+    if C.copied:
         bounds = gl.allocate_shared_memory(gl.int32, [2 * QB * NW, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     tile_full = gl.allocate_shared_memory(gl.int64, [CARDS, 1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [QB * NW, 1], barrier)
@@ -639,7 +701,7 @@ def attention_forward(
         mbarrier.init(tile_full.index(i), count=1)
     for i in gl.static_range(QB * NW):
         mbarrier.init(q_empty.index(i), count=1)
-        mbarrier.init(q_full.index(i), count=1 + C.listed)
+        mbarrier.init(q_full.index(i), count=1 + C.copied)
         mbarrier.init(out_full.index(i), count=1)
     for i in gl.static_range(KST):
         mbarrier.init(k_full.index(i), count=1)

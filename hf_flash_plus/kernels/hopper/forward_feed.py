@@ -12,11 +12,13 @@ from .primitives import finish_claim, opaque, start_claim, write_zeros
 from .schedule import (
     CARD,
     GAPS,
+    GIVEN,
     INTERVALS,
     LAST,
     N_BLOCKS,
     RING,
     Problem,
+    all_blocks,
     block_key,
     empty_tile,
     find_group,
@@ -26,6 +28,7 @@ from .schedule import (
     n_row_tiles,
     publish,
     publish_listed,
+    publish_part,
     publish_seen,
     read,
     row_bounds,
@@ -150,17 +153,55 @@ def _claim_numbered(k_desc, counter_ptr, sm, p, C: gl.constexpr):
 
 
 @gluon.jit
+def _claim_parts(k_desc, counter_ptr, sm, p, C: gl.constexpr):
+    """The same; behind the tiles that are computed whole chunks of blocks are numbered, the last first. A chunk holds
+    parts of at most two tiles: first the end (or middle) of one, then the beginning of the next, whose program adds
+    up its parts. It waits for chunks with smaller numbers only, which were claimed before."""
+    n_blocks = all_blocks(p, C)
+    whole = p.window_left
+    size = p.window_right
+    rest = (n_row_tiles(p, C) * p.n_heads_total - whole) * n_blocks
+    n_chunks = (rest + size - 1) // size
+    n_programs = gl.num_programs(0)
+    count = 0
+    t = 0
+    number = gl.program_id(0)
+    while number < whole + n_chunks:
+        tile_number = number
+        first, blocks, more, given, chunk = number * 0, n_blocks, number * 0, number * 0, number * 0
+        if number >= whole:
+            chunk = n_chunks - 1 - (number - whole)
+            begin = chunk * size
+            blocks = min(size, rest - begin)
+            tile_number = begin // n_blocks
+            first = begin - tile_number * n_blocks
+            tile_number += whole
+            more = max(first + blocks - n_blocks, 0)
+            blocks -= more
+            given = (n_blocks - blocks + size - 1) // size
+            if first > 0:
+                given = -1
+        tile = publish_part(tile_number, first, blocks, given, chunk, sm.tiles, t % RING, p, C)
+        mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+        t += 1
+        if more > 0:
+            count = _stream_k(k_desc, sm, tile, 0, blocks, count, p, C)
+            given = (n_blocks - more + size - 1) // size
+            tile = publish_part(tile_number + 1, 0, more, given, chunk, sm.tiles, t % RING, p, C)
+            mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+            t += 1
+        count, claimed = _stream_and_claim(k_desc, counter_ptr, sm, tile, count, p, C)
+        number = finish_claim(claimed) + n_programs
+    write(sm.tiles, (t % RING) * CARD + N_BLOCKS, -1)
+    mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+    return count
+
+
+@gluon.jit
 def _claim_seen(k_desc, counter_ptr, sm, p, C: gl.constexpr):
     """The same for row intervals, but for tiles that see nothing, which ``store_out`` writes. Of a section, those
     behind the last one that sees something come last, and all programs leave them out together."""
-    # Numbers of its own: what LLVM sees computed in several roles it computes before they part, and keeps in registers
-    # that the warps which compute then lack.
-    own = Problem(
-        opaque(p.seqlen_q), p.seqlen_k, p.offset, opaque(p.nheads), p.group, opaque(p.n_heads_total), opaque(p.section),
-        p.window_left, p.window_right, p.bounds_ptr, p.summary_ptr, opaque(p.intervals_batch), p.sinks_ptr,
-        p.sinks_stride, p.out_ptr, opaque(p.v_head_dim), p.lse_ptr, p.factor, p.cap_factor,
-    )  # fmt: skip
-    total = n_row_tiles(own, C) * own.n_heads_total
+    total = n_row_tiles(p, C) * p.n_heads_total
     n_programs = gl.num_programs(0)
     count = 0
     t = 0
@@ -168,16 +209,16 @@ def _claim_seen(k_desc, counter_ptr, sm, p, C: gl.constexpr):
     known = -1
     top = 0
     while number < total:
-        section = find_section(number, own, C)
-        if section.batch * own.intervals_batch != known:
-            known = section.batch * own.intervals_batch
-            top = last_seen(known, own, C)
+        section = find_section(number, p, C)
+        if section.batch * p.intervals_batch != known:
+            known = section.batch * p.intervals_batch
+            top = last_seen(known, p, C)
         row_tile = top - section.rest // section.size
         if row_tile < 0:
             gl.atomic_max(counter_ptr, section.end - n_programs)
             claimed = start_claim(counter_ptr)
         else:
-            tile = publish_seen(row_tile, section, sm.tiles, t % RING, own, C)
+            tile = publish_seen(row_tile, section, sm.tiles, t % RING, p, C)
             if tile.n_blocks > 0:
                 mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
                 t += 1
@@ -203,7 +244,31 @@ def _publish_listed(number, total, group, heads, sm, t, p):
 
 @gluon.jit
 def _claim_listed(k_desc, counter_ptr, sm, p, C: gl.constexpr):
-    """The same among those that see something. Each is published when the first K of the one before is under way."""
+    """The same, where tiles that see something are listed, and numbered by their places in the list."""
+    heads = listed_heads(p)
+    total = gl.load(p.summary_ptr) * heads
+    group = find_group(gl.program_id(0), heads, p)  # at once, not when the total has come
+    n_programs = gl.num_programs(0)
+    count = 0
+    t = 0
+    number = gl.program_id(0)
+    while number < total:
+        if number >= group.end:
+            group = find_group(number, heads, p)
+        publish_listed(number, group, heads, sm.tiles, t % RING, p)
+        mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+        tile = card(sm, t, 0, 1, C)
+        t += 1
+        count, claimed = _stream_and_claim(k_desc, counter_ptr, sm, tile, count, p, C)
+        number = finish_claim(claimed) + n_programs
+    write(sm.tiles, (t % RING) * CARD + N_BLOCKS, -1)
+    mbarrier.arrive(sm.tile_full.index(t % RING), count=1)
+    return count
+
+
+@gluon.jit
+def _claim_listed_early(k_desc, counter_ptr, sm, p, C: gl.constexpr):
+    """The same; each is published when the first K of the one before is under way."""
     heads = listed_heads(p)
     total = gl.load(p.summary_ptr) * heads
     group = find_group(gl.program_id(0), heads, p)  # at once, not when the total has come
@@ -225,10 +290,22 @@ def _claim_listed(k_desc, counter_ptr, sm, p, C: gl.constexpr):
 @gluon.jit
 def claim_and_load_k(k_desc, counter_ptr, sm, p, C: gl.constexpr):
     """One warp: claims tiles, publishes them, streams K."""
-    if C.listed:
-        count = _claim_listed(k_desc, counter_ptr, sm, p, C)
+    if C.copied:
+        count = _claim_listed_early(k_desc, counter_ptr, sm, p, C)
     elif C.mode == INTERVALS:
-        count = _claim_seen(k_desc, counter_ptr, sm, p, C)
+        # Numbers of its own: what LLVM sees computed in several roles it computes before they part, and keeps in
+        # registers that the warps which compute then lack.
+        own = Problem(
+            opaque(p.seqlen_q), p.seqlen_k, p.offset, opaque(p.nheads), p.group, opaque(p.n_heads_total),
+            opaque(p.section), p.window_left, p.window_right, p.bounds_ptr, p.summary_ptr, opaque(p.intervals_batch),
+            p.sinks_ptr, p.sinks_stride, p.out_ptr, opaque(p.v_head_dim), p.lse_ptr, p.factor, p.cap_factor,
+        )  # fmt: skip
+        if C.listed:
+            count = _claim_listed(k_desc, counter_ptr, sm, own, C)
+        else:
+            count = _claim_seen(k_desc, counter_ptr, sm, own, C)
+    elif C.parts:
+        count = _claim_parts(k_desc, counter_ptr, sm, p, C)
     else:
         count = _claim_numbered(k_desc, counter_ptr, sm, p, C)
     if C.q_buffers > 1:
@@ -260,7 +337,7 @@ def load_q(q_desc, sm, p, C: gl.constexpr):
             for c in gl.static_range(CHUNKS):
                 row = tile.first_row + w * 64
                 tma_load(q_desc, [tile.batch, row, tile.head, c * C.chunk_dim], full, sm.q.index(buffer * C.chunks + c))
-        if C.listed:
+        if C.copied:
             for w in gl.static_range(CONSUMERS):
                 buffer = (t % C.q_buffers) * C.consumers + w
                 start, end = row_bounds(tile, p, w, BOUNDS, C)
@@ -274,7 +351,7 @@ def load_q(q_desc, sm, p, C: gl.constexpr):
         buffer = (t % C.q_buffers) * C.consumers + w
         mbarrier.wait(sm.q_empty.index(buffer), ((t // C.q_buffers) & 1) ^ 1)
         mbarrier.arrive(sm.q_full.index(buffer), count=1)
-        if C.listed:
+        if C.copied:
             mbarrier.arrive(sm.q_full.index(buffer), count=1)
 
 
@@ -360,19 +437,22 @@ def store_out(out_desc, sm, p, C: gl.constexpr):
     """One warp: sends each finished O, then frees the buffer for the next Q. With row intervals it looks for tiles that
     see nothing, some while each tile is computed, so that their bytes go out beside all products, and writes them."""
     CONSUMERS: gl.constexpr = C.consumers
+    own = p
+    if C.mode == INTERVALS and not C.copied:
+        # (See claim_and_load_k.)
+        own = Problem(
+            opaque(p.seqlen_q), p.seqlen_k, p.offset, opaque(p.nheads), p.group, opaque(p.n_heads_total),
+            opaque(p.section), p.window_left, p.window_right, p.bounds_ptr, p.summary_ptr, opaque(p.intervals_batch),
+            p.sinks_ptr, p.sinks_stride, p.out_ptr, opaque(p.v_head_dim), p.lse_ptr, p.factor, p.cap_factor,
+        )  # fmt: skip
     if C.listed:
-        heads = listed_heads(p)
-        n_units = n_row_tiles(p, C) * (p.n_heads_total // heads)
+        heads = listed_heads(own)
+        n_units = n_row_tiles(own, C) * (own.n_heads_total // heads)
         n_seen = gl.load(p.summary_ptr)
         n_empty = (n_units - n_seen) * heads
         share = (n_units - 1) // max(n_seen, 1) * gl.num_programs(0)  # beside a tile: not fewer than there are to one
         empty = gl.program_id(0)
     elif C.mode == INTERVALS:
-        own = Problem(  # see _claim_seen
-            opaque(p.seqlen_q), p.seqlen_k, p.offset, opaque(p.nheads), p.group, opaque(p.n_heads_total),
-            opaque(p.section), p.window_left, p.window_right, p.bounds_ptr, p.summary_ptr, opaque(p.intervals_batch),
-            p.sinks_ptr, p.sinks_stride, p.out_ptr, opaque(p.v_head_dim), p.lse_ptr, p.factor, p.cap_factor,
-        )  # fmt: skip
         total = n_row_tiles(own, C) * own.n_heads_total
         empty = gl.program_id(0)
     t = 0
@@ -380,7 +460,7 @@ def store_out(out_desc, sm, p, C: gl.constexpr):
     while tile.n_blocks >= 0:
         buffer = t % C.q_buffers
         if C.listed:
-            empty = _write_empty_tiles(empty, min(empty + share, n_empty), n_units, heads, p, C)
+            empty = _write_empty_tiles(empty, min(empty + share, n_empty), n_units, heads, own, C)
         elif C.mode == INTERVALS:  # noqa: SIM102 (one condition is the compiler's)
             if empty < total:
                 empty = _write_unseen(empty, own, 8, C)
@@ -388,6 +468,9 @@ def store_out(out_desc, sm, p, C: gl.constexpr):
             at = buffer * C.consumers + w
             mbarrier.wait(sm.out_full.index(at), (t // C.q_buffers) & 1)
             row = tile.first_row + w * 64
+            if C.parts:  # noqa: SIM102
+                if read(sm.tiles, (t % RING) * CARD + GIVEN, 1) < 0:  # a part, left in global memory
+                    row = p.seqlen_q
             if row < p.seqlen_q:
                 tma_store(out_desc, [tile.batch, row, tile.head, 0], sm.out.index(at * C.out_step))
         tma.store_wait(0)
@@ -396,7 +479,7 @@ def store_out(out_desc, sm, p, C: gl.constexpr):
         t += 1
         tile = await_card(sm, t, C)
     if C.listed:
-        _write_empty_tiles(empty, n_empty, n_units, heads, p, C)
+        _write_empty_tiles(empty, n_empty, n_units, heads, own, C)
     elif C.mode == INTERVALS:
         while empty < total:
             empty = _write_unseen(empty, own, 32, C)

@@ -36,6 +36,9 @@ L2_BUDGET = 32 * 2**20
 #: with 32 MiB, 303 with 16, 289 with 4.)
 IN_FLIGHT = 16 * 2**20
 
+#: So many blocks of keys of each program must be spared for tiles to be cut into parts.
+PARTS_FROM = 6
+
 #: Compiler options. Fusion is the default of Triton up to 3.9; the scale belongs into the exponent's multiply-add.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -146,9 +149,16 @@ class _Plan(Plan):
 
 @cache
 def _plan(
-    dims: tuple[int, int], mode: int, short: bool, softcap: bool, sinks: bool, dtype: torch.dtype, halves: bool
+    dims: tuple[int, int],
+    mode: int,
+    short: bool,
+    softcap: bool,
+    sinks: bool,
+    dtype: torch.dtype,
+    halves: bool,
+    parts: bool,
 ) -> _Plan:
-    return _Plan(config.select(dims, mode, short, softcap, sinks, halves), dtype)
+    return _Plan(config.select(dims, mode, short, softcap, sinks, halves, parts), dtype)
 
 
 def _mode(inputs: AttentionInputs, seqlen_q: int, seqlen_k: int) -> int:
@@ -181,19 +191,33 @@ def _n_programs(device_index: int | None) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
+#: Two counters; from _FLAGS_AT on a flag for each warpgroup of each program.
+_ZEROS, _FLAGS_AT = 1024, 64
+
+
+def _parts(n_tiles: int, n_blocks: int, n_programs: int) -> tuple[int, int] | None:
+    """How many tiles are computed whole, and how many blocks of the others make a chunk, such that every program gets
+    about one; None where that gains little. A tile more costs half a block of each program, to leave a part and to add
+    it about one block each."""
+    size = -(-(n_tiles % n_programs) * n_blocks // n_programs)
+    if n_tiles <= n_programs or 2 * n_programs > _ZEROS - _FLAGS_AT or size == 0 or n_blocks - size < PARTS_FROM:
+        return None
+    return n_tiles - n_tiles % n_programs, size
+
+
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
 def _counter(device: torch.device) -> Tensor:
-    """Two zeros for the kernel to count with; it leaves them at zero.
+    """Zeros for the kernel to count with, and for flags; it leaves them at zero.
 
     Launches of one stream follow one another and share them; streams must not. While a CUDA graph is captured every
     launch gets its own: the graph may be replayed on any stream, beside anything.
     """
     if device.type != "cuda":
-        return torch.empty(2, dtype=torch.int32, device=device)
+        return torch.empty(_ZEROS, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
+        return torch.zeros(_ZEROS, dtype=torch.int32, device=device)
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     counter = _counters.get(key)
     if counter is None:
@@ -202,7 +226,7 @@ def _counter(device: torch.device) -> Tensor:
 
 
 def _lasting_zeros(device: torch.device) -> Tensor:
-    """Two zeros that may outlive any call, made on the current stream, but in a thread of their own.
+    """Zeros that may outlive any call, made on the current stream, but in a thread of their own.
 
     While torch warms up compiled code that is to become CUDA graphs (``mode="reduce-overhead"``), all that its thread
     allocates lies in the graphs' memory: what stayed there would be an error, or be overwritten.
@@ -211,7 +235,7 @@ def _lasting_zeros(device: torch.device) -> Tensor:
 
     def make() -> Tensor:
         with torch.cuda.stream(stream):
-            return torch.zeros(2, dtype=torch.int32, device=device)
+            return torch.zeros(_ZEROS, dtype=torch.int32, device=device)
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(make).result()
@@ -303,6 +327,11 @@ def _section(n_heads: int, bytes_of_keys: int) -> int:
     return min(sizes, key=lambda size: (-n_heads % size, abs(size - fitting)))
 
 
+def _left_size(c: Config, n_programs: int) -> int:
+    """Numbers that parts of tiles leave, one of each program."""
+    return n_programs * c.consumers * 64 * (c.v_dim + 2)
+
+
 def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryLaunch | None, Launch]:
     """The launches of a call that ``forward_reason`` has nothing against."""
     q, k, v, sinks = inputs.query, inputs.key, inputs.value, inputs.sinks
@@ -312,16 +341,25 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
     dims = config.head_dim_class(head_dim, v_head_dim)
     assert dims is not None
     softcap, scale = inputs.softcap, inputs.softmax_scale
-    window = (0, 0)
+    n_heads = batch * nheads
+    parts = None
+    if mode == FULL and dims == (128, 128) and sinks is None:
+        parts = _parts(n_heads * -(-seqlen_q // 128), -(-seqlen_k // 128), _n_programs(q.device.index))
+    window = (0, 0) if parts is None else parts
     summary = bounds = tiles = None
     if mode >= WINDOW:
         window = _window(inputs, seqlen_q, seqlen_k)
     halves = mode == WINDOW and config.regular_window(dims, *window, seqlen_k - seqlen_q)
-    plan = _plan(dims, mode, seqlen_k <= SHORT_CAUSAL, softcap > 0.0, sinks is not None, q.dtype, halves)
+    short = seqlen_k <= SHORT_CAUSAL
+    plan = _plan(dims, mode, short, softcap > 0.0, sinks is not None, q.dtype, halves, parts is not None)
     if mode == INTERVALS:
         summary = SummaryLaunch(inputs, window, plan.block_m, plan.config.block_n, False, plan.config.listed)
         bounds, tiles = summary.bounds, summary.summary if summary.listed is None else summary.listed
-    n_heads, n_tiles = batch * nheads, -(-seqlen_q // plan.block_m)
+    n_tiles = -(-seqlen_q // plan.block_m)
+    n_programs = min(_n_programs(q.device.index), n_heads * n_tiles)
+    counter = _counter(q.device)
+    if parts is not None:
+        bounds, tiles = q.new_empty(_left_size(plan.config, n_programs), dtype=torch.float32), counter[_FLAGS_AT:]
     key_bytes = (head_dim + v_head_dim) * q.itemsize
     if plan.config.listed:
         section = max(1, IN_FLIGHT // (plan.config.block_n * key_bytes))
@@ -342,7 +380,7 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
         descriptor(out, blocks[3], layouts[3]),
         None if summary is None else out,
         lse,
-        _counter(q.device),
+        counter,
         bounds,
         tiles,
         sinks,
@@ -353,12 +391,11 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
         n_heads,
         section,
         *window,
-        0 if tiles is None or inputs.mask.row_intervals.shape[0] == 1 else 1,  # type: ignore[union-attr]
+        0 if summary is None or inputs.mask.row_intervals.shape[0] == 1 else 1,  # type: ignore[union-attr]
         0 if sinks is None else sinks.stride(0),
         factor,
         cap_factor,
     )
-    n_programs = min(_n_programs(q.device.index), n_heads * n_tiles)
     key = (q.device.index, None if sinks is None else sinks.dtype)
     return summary, Launch(plan, n_programs, arguments, key)
 
@@ -395,6 +432,7 @@ class _Known:
         )
         self.numbers = (*launch.arguments[10:], *(None for _ in launch.plan.constexprs))
         self.summary = summary
+        self.left = _left_size(launch.plan.config, launch.n_programs) if launch.plan.config.parts else 0
 
     def launch(self, inputs: AttentionInputs, stream: int, counter: int) -> tuple[Tensor, Tensor]:
         q, mask, sinks = inputs.query, inputs.mask, inputs.sinks
@@ -406,6 +444,9 @@ class _Known:
             memory = self.summary.launch(mask.row_intervals, stream)
             bounds = memory.data_ptr()
             tiles = bounds + (self.summary.summary_at if self.summary.listing is None else self.summary.list_at)
+        elif self.left > 0:
+            left = q.new_empty(self.left, dtype=torch.float32)
+            bounds, tiles = left.data_ptr(), counter + 4 * _FLAGS_AT
         addresses = (q.data_ptr(), inputs.key.data_ptr(), inputs.value.data_ptr(), out_address)
         described: list[Any] = []
         for (encode, shape, strides), address in zip(self.encoders, addresses):

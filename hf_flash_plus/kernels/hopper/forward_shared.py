@@ -23,7 +23,7 @@ class Shared(NamedTuple):
     v: gl.tensor
     out: gl.tensor
     tiles: gl.tensor  # cards
-    bounds: gl.tensor  # by Q's buffer and warpgroup, rows' first keys, then their ends; with ``listed``
+    bounds: gl.tensor  # by Q's buffer and warpgroup, rows' first keys, then their ends; with ``copied``
     tile_full: gl.tensor  # by card; they are not waited for to be empty (see schedule.RING)
     q_empty: gl.tensor
     q_full: gl.tensor

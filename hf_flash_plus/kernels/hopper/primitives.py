@@ -175,6 +175,39 @@ def finish_claim(claimed):
     return gl.inline_asm_elementwise(asm, "=r,r", [claimed], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@gluon.jit
+def raise_flag(pointer):
+    """Say in global memory that all that a warpgroup has written to it is there. (Not in PTX that asks for the thread:
+    after that ptxas does without uniform registers, also in the loops.)"""
+    gl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    gl.thread_barrier()
+    gl.atomic_xchg(pointer, 1)
+
+
+@gluon.jit
+def lower_flag(pointer):
+    """Take the flag back for the next launch, once all threads of the warpgroup have seen it."""
+    gl.thread_barrier()
+    gl.atomic_xchg(pointer, 0, sem="relaxed")
+
+
+#: All threads of a warp leave the loop together.
+_AWAIT = gl.constexpr("""{
+    .reg .pred there;
+    AGAIN:
+    ld.acquire.gpu.global.u32 $0, [$1];
+    setp.ne.u32 there, $0, 0;
+    vote.sync.all.pred there, there, 0xffffffff;
+    @!there bra AGAIN;
+}""")
+
+
+@gluon.jit
+def await_flag(pointer):
+    """Wait for :func:`raise_flag`."""
+    gl.inline_asm_elementwise(_AWAIT, "=&r,l", [pointer], dtype=gl.int32, is_pure=False, pack=1)
+
+
 _ZEROS = gl.constexpr("""{
     .reg .pred wanted;
     setp.ne.s32 wanted, $2, 0;

@@ -41,6 +41,9 @@ CARD = gl.constexpr(config.CARD)
 SOME_EMPTY = gl.constexpr(0)
 ROW, BATCH, HEAD, WHOLE = (gl.constexpr(i) for i in range(7, 11))
 
+#: With ``Config.parts``, in fields that calls without a mask do not use: what ``publish_part`` says.
+GIVEN, CHUNK = N_END, N_BEGIN
+
 #: How many cards there are. The slowest warp may be q_buffers + k_stages tiles behind the one that publishes them.
 RING = gl.constexpr(config.RING)
 
@@ -60,10 +63,12 @@ class Problem(NamedTuple):
     group: gl.tensor  # query heads to a key head
     n_heads_total: gl.tensor  # batch * nheads
     section: gl.tensor  # heads in flight together (INTERVALS: of a batch element); with ``listed`` blocks of keys
-    window_left: gl.tensor
-    window_right: gl.tensor
+    window_left: gl.tensor  # with ``parts`` how many tiles are computed whole
+    window_right: gl.tensor  # with ``parts`` how many blocks of the others make a chunk
     bounds_ptr: gl.tensor  # (batch or 1, row tiles * BLOCK_M, 2): rows' keys [start, end)
     summary_ptr: gl.tensor  # (batch or 1, row tiles, CARD); with ``listed`` the list, (1 + tiles, LISTED)
+    # With ``parts``: bounds_ptr (chunks, consumers, 64 * (v_dim + 2)), fp32: O, maxima and sums of the part that a
+    # chunk leaves; summary_ptr (chunks, consumers): whether it is there. The kernel finds and leaves zeros in these.
     intervals_batch: gl.tensor  # 0 where all batch elements share their row intervals, else 1
     sinks_ptr: gl.tensor
     sinks_stride: gl.tensor
@@ -272,6 +277,28 @@ def publish(number, tiles, slot, p, C: gl.constexpr):
 
 
 @gluon.jit
+def publish_part(number, first, n_blocks, given, chunk, tiles, slot, p, C: gl.constexpr):
+    """Fill a card with the blocks ``first`` to ``first + n_blocks`` of tile ``number``, and return that part.
+    ``given``: from how many chunks more the tile's other parts are to be added, -1 where this one is left for that."""
+    first_row, batch, head = place(number, p, C)
+    at = slot * CARD
+    write(tiles, at + N_BLOCKS, n_blocks)
+    write(tiles, at + ROW, first_row)
+    write(tiles, at + BATCH, batch)
+    write(tiles, at + HEAD, head)
+    write(tiles, at + FIRST, first * C.block_n)
+    write(tiles, at + GIVEN, given)
+    write(tiles, at + CHUNK, chunk)
+    return Tile(first_row, batch, head, n_blocks, 0, 0, first * C.block_n, 0, 0)
+
+
+@gluon.jit
+def all_blocks(p, C: gl.constexpr):
+    """How many blocks of keys there are."""
+    return (p.seqlen_k + (C.block_n - 1)) // C.block_n
+
+
+@gluon.jit
 def find_section(number, p, C: gl.constexpr):
     """The section of tile ``number``, for INTERVALS: sections do not cross batch elements."""
     n_tiles = n_row_tiles(p, C)
@@ -391,6 +418,8 @@ def take_card(tiles, slot, W: gl.constexpr, WARPS: gl.constexpr, C: gl.constexpr
     if C.mode == INTERVALS:
         whole_first = read(tiles, at + (WHOLE + 2 * W), WARPS)
         whole_last = read(tiles, at + (WHOLE + 2 * W + 1), WARPS)
+    if C.parts:
+        first = read(tiles, at + FIRST, WARPS)
     return Tile(first_row, batch, head, n_blocks, n_end, n_begin, first, whole_first, whole_last)
 
 
@@ -403,6 +432,8 @@ def block_key(step, tile, C: gl.constexpr):
             block += tile.n_begin
             if step < tile.n_end + tile.n_begin:
                 block = step - tile.n_end
+        return tile.first_key + block * C.block_n
+    elif C.parts:
         return tile.first_key + block * C.block_n
     else:
         return block * C.block_n
@@ -434,7 +465,7 @@ def window_bounds(tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexp
 @gluon.jit
 def _column(bounds, copied, at, LAYOUT: gl.constexpr, C: gl.constexpr):
     """Rows' ``bounds`` (their first keys, or ends) as a column; from shared memory at ``at`` if they were copied."""
-    if C.listed:
+    if C.copied:
         return copied.index(at).load(gl.SliceLayout(1, LAYOUT))[:, None]
     else:
         return bounds[:, None]
@@ -445,7 +476,7 @@ def hide_outside(
     scores, first_key, start, end, copied, at, tile, p, W: gl.constexpr, LAYOUT: gl.constexpr, C: gl.constexpr
 ):  # fmt: skip
     """Scores of keys outside the rows' bounds to -inf, for WINDOW and INTERVALS. ``copied, at``: where these lie in
-    shared memory, with ``listed``; else ``start, end``. Bounds computed before the scores are there spill a tenth of
+    shared memory, with ``copied``; else ``start, end``. Bounds computed before the scores are there spill a tenth of
     what :func:`hide` does; most blocks cross one side only, and are spared the other's test."""
     late, early = hidden_sides(first_key, tile, p, W, C)
     if late:

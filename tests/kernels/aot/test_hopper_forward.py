@@ -58,7 +58,7 @@ FULL = [
     Variant(dims, mask, dtype, terms)
     for dims, mask, dtype, terms in itertools.product(
         ((64, 64), (128, 128), (192, 128), (256, 256)),
-        ("full", "tail", "causal", "short", "window", "any window", "intervals"),
+        ("full", "whole", "tail", "causal", "short", "window", "any window", "intervals"),
         (torch.bfloat16, torch.float16),
         (False, True),
     )
@@ -66,6 +66,7 @@ FULL = [
 REPRESENTATIVE = [
     Variant((64, 64), "full"),
     Variant((128, 128), "causal"),
+    Variant((128, 128), "full"),
     Variant((128, 128), "intervals", torch.float16),
     Variant((64, 64), "window"),
     Variant((64, 64), "any window", terms=True),
@@ -77,7 +78,8 @@ REPRESENTATIVE = [
 
 
 def inputs_of(variant: Variant) -> AttentionInputs:
-    seqlen = {"tail": 3000, "short": 512}.get(variant.mask, 4096)
+    # ("whole": calls of few keys, none of whose tiles are cut into parts.)
+    seqlen = {"tail": 3000, "short": 512, "whole": 512}.get(variant.mask, 4096)
     masks = {
         "causal": AttentionMask(causal=True),
         "short": AttentionMask(causal=True),
@@ -180,7 +182,7 @@ def test_direct_launches(name: str) -> None:
         run = SimpleNamespace(launch=launch, launch_cooperative_grid=False, launch_pdl=False, **sizes)
         return SimpleNamespace(run=run, metadata=kernel.metadata, function=11, packed_metadata=(4, 1, 0))
 
-    dim = 64 if name == "listed intervals" else 128
+    dim = {"listed intervals": 64, "intervals": 256}.get(name, 128)
     q, k, v = torch.zeros(3, 2, 1153, 4, dim, dtype=torch.bfloat16).unbind(0)
     k, v = k[:, :, :2], v[:, :, :2]
     intervals = torch.zeros(2, 1153, 2, dtype=torch.int32)
@@ -262,6 +264,45 @@ def test_configurations_are_sound() -> None:
             assert halved.consumers == 2 or not halved.free_k_first
             assert halved.v_stages <= halved.k_stages or halved.free_k_first
         assert not chosen.listed or (mode == config.INTERVALS and chosen.q_buffers > 1 and chosen.chunks == 1)
+        assert chosen.listed or not chosen.copied
+        assert not chosen.parts
+
+
+def test_parts() -> None:
+    """Chunks cover what does not fill a wave once; of each tile one part has the first keys, and those that it adds
+    come from chunks with smaller numbers, which are claimed before (the arithmetic of ``_claim_parts``)."""
+    for n_programs, n_blocks in itertools.product((2, 78, 132), (7, 16, 17, 32, 100)):
+        for n_tiles in range(1, 3 * n_programs, 1 + n_programs // 50):
+            found = forward_launch._parts(n_tiles, n_blocks, n_programs)
+            if found is None:
+                continue
+            whole, size = found
+            assert n_programs <= whole < n_tiles and whole % n_programs == 0
+            rest = (n_tiles - whole) * n_blocks
+            n_chunks = -(-rest // size)
+            assert n_chunks <= n_programs and size < n_blocks
+            left: dict[int, tuple[int, int]] = {}
+            covered = 0
+            for chunk in reversed(range(n_chunks)):
+                begin, end = chunk * size, min(chunk * size + size, rest)
+                tile, first = divmod(begin, n_blocks)
+                blocks = min(end - begin, n_blocks - first)
+                parts = [(tile, first, blocks)] + [(tile + 1, 0, end - begin - blocks)] * (end - begin > blocks)
+                for tile, first, blocks in parts:
+                    covered += blocks
+                    if first > 0:
+                        left[chunk] = tile, blocks
+                        continue
+                    for other in range(-(-(n_blocks - blocks) // size)):
+                        of, more = left.pop(chunk + 1 + other)
+                        assert of == tile
+                        blocks += more
+                    assert blocks == n_blocks
+            assert covered == rest and not left
+    assert forward_launch._parts(2048, 32, 132) == (1980, 17)
+    assert forward_launch._parts(2048, 4, 132) is None  # short keys
+    assert forward_launch._parts(131, 32, 132) is None  # no wave is full
+    assert forward_launch._parts(1980, 32, 132) is None  # all are
 
 
 @pytest.mark.parametrize(

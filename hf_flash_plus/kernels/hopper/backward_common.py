@@ -19,7 +19,8 @@ THREADS = gl.constexpr(9 * 32)
 def reduce_add(desc, coordinates, source, _semantic=None):
     """Start the addition of ``source``, in shared memory, to a block in global memory; wait with ``tma.store_wait``.
 
-    Gluon's builder has the operation, its Python front end has no name for it (Triton 3.6).
+    Gluon's builder has the operation, its Python front end has no name for it (Triton 3.6). Triton's cache does not
+    look into functions like this one: another thing to do needs another name.
     """
     coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coordinates, source.handle)

@@ -55,7 +55,7 @@ WIDE = {
     256: Config(64, 2, keys=64, dout_stages=1, dp_early=1, dv_late=True),
 }
 #: 256 columns without row intervals.
-PARTS = Config(64, 1, keys=128, dout_stages=1, parts=True, from_shared=True)
+PARTS = Config(64, 1, keys=128, dout_stages=1, parts=True)
 
 
 #: Key heads of a program one after the other, at most, at 64 columns.

@@ -98,6 +98,16 @@ CASES += [  # several tiles to a program, of one block and of more, some of whic
     for features in ((), ("causal",), ("left_window",), ("packed",), ("left_padding",), ("intervals",), ("nothing",))
     for dim in (64, 128)
 ]
+PARTS_CASES = [  # what does not fill a wave of programs is cut along the keys
+    Case(features, batch, seqlen_q, seqlen_k, nheads, nheads_k, dim, dim, dtype)
+    for features, batch, seqlen_q, seqlen_k, nheads, nheads_k, dim, dtype in (
+        ((), 1, 1536, 5120, 12, 4, 128, BF16),
+        ((), 2, 1100, 4608, 8, 8, 128, FP16),
+        ((), 1, 2000, 4096, 17, 1, 96, BF16),
+        (("softcap",), 1, 1536, 5120, 12, 12, 128, BF16),
+    )
+]
+CASES += PARTS_CASES
 CASES = list(dict.fromkeys(CASES))
 
 #: By how much the logits of a key's block are raised (nats), by the place at which the kernel comes to the block: first
@@ -404,6 +414,34 @@ def test_bitwise_repeatable(dim: int, mask: str) -> None:
     for _ in range(50):
         again, again_lse = forward(inputs)
         assert torch.equal(out, again) and torch.equal(lse, again_lse)
+
+
+@pytest.mark.parametrize("case", PARTS_CASES, ids=str)
+def test_parts(case: Case) -> None:
+    """Tiles cut along the keys: the same bits from call to call, on two streams at once and from a CUDA graph; flags by
+    which programs wait for one another are left at zero."""
+    inputs = build(case, "cuda").inputs
+    out, lse = forward(inputs)
+    _, launch = forward_launch.prepare(inputs, torch.empty_like(out), torch.empty_like(lse))
+    assert launch.plan.config.parts
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, captured_lse = forward_launch.forward(inputs)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    found = []
+    for _ in range(10):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(forward_launch.forward(inputs))
+        captured.fill_(float("nan"))
+        graph.replay()
+        watched(lambda: None)
+        assert torch.equal(captured, out) and torch.equal(captured_lse, lse)
+    watched(torch.cuda.synchronize)
+    assert all(torch.equal(out, again) and torch.equal(lse, again_lse) for again, again_lse in found)
+    assert not any(counter.any() for counter in forward_launch._counters.values())
 
 
 @pytest.mark.parametrize("layout", ["projection", "heads_first", "sliced", "one_row_batch"])

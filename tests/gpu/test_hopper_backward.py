@@ -104,6 +104,24 @@ WIDE_CASES += [
     for dims in ((256, 256), (192, 128))
 ]
 
+#: So many keys that masked calls, too, have a kernel for dv alone at 256 columns (``backward_parts``).
+WIDE_CASES += [
+    Case(features, batch, seqlen_q, seqlen_k, nheads, nheads_k, *dims, dtype)
+    for features, batch, seqlen_q, seqlen_k, nheads, nheads_k, dims, dtype in (
+        (("causal",), 2, 1100, 1100, 4, 2, (256, 256), BF16),
+        (("causal",), 1, 1152, 1152, 4, 4, (256, 256), FP16),
+        (("causal",), 4, 1024, 1024, 32, 8, (256, 256), BF16),  # several query heads to a program
+        (("causal",), 4, 900, 1060, 32, 8, (256, 256), BF16),
+        (("causal",), 1, 300, 1200, 8, 1, (256, 256), BF16),
+        (("causal", "softcap"), 2, 1024, 1024, 4, 4, (256, 256), BF16),
+        (("causal",), 2, 1030, 1030, 4, 2, (200, 144), FP16),
+        (("left_window",), 2, 1100, 1100, 4, 2, (256, 256), BF16),
+        (("left_window", "softcap"), 1, 1024, 1280, 8, 2, (256, 256), FP16),
+        (("window",), 2, 1100, 1100, 4, 4, (256, 256), BF16),
+        ((), 4, 640, 1024, 32, 8, (256, 256), BF16),
+    )
+]
+
 FIRST_CALL = """
 import torch
 from hf_flash_plus.kernels import launch

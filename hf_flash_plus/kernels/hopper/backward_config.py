@@ -100,7 +100,7 @@ class DqConfig:
         v_dim: the padded head dimension, of all tensors.
         head_dim: that of dq.
         base2: whether the rows' numbers are -lse in base 2, see :func:`base2`.
-        halves: as in ``config.Config``; never here.
+        halves, parts: as in ``config.Config``; never here.
     """
 
     mode: int
@@ -115,6 +115,7 @@ class DqConfig:
     consumers: int = 2
     base2: bool = False
     halves: bool = False
+    parts: bool = False
 
 
 def base2(config: Config, softcap: bool) -> bool:

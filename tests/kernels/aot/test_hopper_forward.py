@@ -78,8 +78,8 @@ REPRESENTATIVE = [
 
 
 def inputs_of(variant: Variant) -> AttentionInputs:
-    # ("whole": calls of few keys, none of whose tiles are cut into parts.)
-    seqlen = {"tail": 3000, "short": 512, "whole": 512}.get(variant.mask, 4096)
+    # ("full": so many keys that tiles are cut into parts at D128, see forward_launch.PARTS_FROM.)
+    seqlen = {"tail": 3000, "short": 512, "full": 8192}.get(variant.mask, 4096)
     masks = {
         "causal": AttentionMask(causal=True),
         "short": AttentionMask(causal=True),
@@ -268,9 +268,19 @@ def test_configurations_are_sound() -> None:
         assert not chosen.parts
 
 
-def test_parts() -> None:
+def test_which_calls_have_parts() -> None:
+    with compiling_for("sm90"):
+        for variant in (Variant((128, 128), "full"), Variant((128, 128), "whole"), Variant((64, 64), "full")):
+            _, launch = launches(inputs_of(variant))
+            assert launch.plan.config.parts == (variant.dims == (128, 128) and variant.mask == "full"), variant
+
+
+def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks cover what does not fill a wave once; of each tile one part has the first keys, and those that it adds
     come from chunks with smaller numbers, which are claimed before (the arithmetic of ``_claim_parts``)."""
+    assert forward_launch._parts(2048, 64, 132) == (1980, 33)
+    assert forward_launch._parts(2048, 32, 132) is None  # 15 blocks would be spared
+    monkeypatch.setattr(forward_launch, "PARTS_FROM", 6)
     for n_programs, n_blocks in itertools.product((2, 78, 132), (7, 16, 17, 32, 100)):
         for n_tiles in range(1, 3 * n_programs, 1 + n_programs // 50):
             found = forward_launch._parts(n_tiles, n_blocks, n_programs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -433,7 +433,8 @@ class _Known:
         )
         self.numbers = (*launch.arguments[10:], *(None for _ in launch.plan.constexprs))
         self.summary = summary
-        self.left = _left_size(launch.plan.config, launch.n_programs) if launch.plan.config.parts else 0
+        config = cast(_Plan, launch.plan).config
+        self.left = _left_size(config, launch.n_programs) if config.parts else 0
 
     def launch(self, inputs: AttentionInputs, stream: int, counter: int) -> tuple[Tensor, Tensor]:
         q, mask, sinks = inputs.query, inputs.mask, inputs.sinks

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -60,8 +61,22 @@ class Deal:
             return None
 
 
+#: What takes seconds to import. Only what this process has imported: it would not be here if that ended processes.
+_SLOW = ("torch", "triton", "transformers", "hf_flash_plus.checks.compare", "hf_flash_plus.checks.models")
+
+
+def _context() -> Any:
+    """How processes start: as copies of one that has imported what all need, where the system can (a dozen that import
+    torch at the same time take some ten seconds of all cores); else they are spawned. That one never touches a GPU."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([name for name in _SLOW if name in sys.modules])
+    return context
+
+
 def run_apart(run: Runner, cells: Sequence[Cell] | Deal, timeout: float) -> Iterator[Row]:
-    """Every cell in a spawned process; after a crash or a hang a fresh one goes on with the next cell.
+    """Every cell in a process of its own; after a crash or a hang a fresh one goes on with the next cell.
 
     The first process starts at once, so that what it imports is there when the cells are released.
 
@@ -70,7 +85,7 @@ def run_apart(run: Runner, cells: Sequence[Cell] | Deal, timeout: float) -> Iter
         timeout: seconds that one cell may take, compiling its kernels included.
     """
     deal = cells if isinstance(cells, Deal) else Deal(cells).release()
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     started, cell = False, None
     while True:
         if started:
@@ -78,7 +93,7 @@ def run_apart(run: Runner, cells: Sequence[Cell] | Deal, timeout: float) -> Iter
             if cell is None:
                 return
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, run), daemon=True)
+        process = context.Process(target=_serve, args=(there, run, dict(os.environ)), daemon=True)
         process.start()
         there.close()
         started = True
@@ -128,8 +143,11 @@ def _describe_exit(code: int | None) -> str:
     return f"the process ended with exit code {code}"
 
 
-def _serve(pipe: Connection, run: Runner) -> None:
-    """The loop of the process: cells in, rows out."""
+def _serve(pipe: Connection, run: Runner, environ: dict[str, str]) -> None:
+    """The loop of the process: cells in, rows out. ``environ`` is that of who asks, which may have changed since the
+    process that this one is a copy of has started."""
+    os.environ.clear()
+    os.environ.update(environ)
     # What libraries print in here (compilers, CUDA's asserts) would tear the parent's table apart.
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)

@@ -23,8 +23,8 @@ from .isolate import Cell, Deal, Runner, run_apart, run_here
 HARMLESS = frozenset({"reference", "torch_sdpa"})
 
 #: For so many processes in all one takes the cells of a provider that compiles. On 16 cores with nothing compiled yet
-#: triton's took 186 seconds of a core, flaggems' 85, the models' 25 and torch's 20.
-PARTS = {"triton": 2, "flaggems": 4, models.AUTOMATIC: 6}
+#: triton's took 186 to 265 seconds of a core, flaggems' 85 to 136, the models' 25 to 34 and torch's 20 to 26.
+PARTS = {"triton": 2, "flaggems": 4, models.AUTOMATIC: 8}
 
 #: Memory of a GPU that a process may need: its context, and the largest cell.
 PER_PROCESS = 3 * 2**29
@@ -242,7 +242,7 @@ def _jobs(device: str) -> int:
     if not device.startswith("cuda"):
         return max(1, min(12, _cores() // 2))
     free, _ = torch.cuda.mem_get_info(torch.device(device))
-    return max(1, min(12, _cores(), free // PER_PROCESS))
+    return max(1, min(16, _cores(), free // PER_PROCESS))
 
 
 def _cores() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -357,6 +358,21 @@ def test_an_interruption_leaves_no_cell_to_wait_for(monkeypatch: pytest.MonkeyPa
     assert not asked
 
 
+@pytest.mark.parametrize("methods", [["spawn"], ["fork", "spawn", "forkserver"]], ids=["spawned", "copied"])
+def test_processes_see_the_present_environment(methods: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that are copies of a process which began before it changed; and they find torch imported."""
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: methods)
+    for value in ("one", "two"):
+        monkeypatch.setenv("SOME_VARIABLE", value)
+        (row,) = isolate.run_apart(
+            check_runners.surroundings, [isolate.Cell("p", "SOME_VARIABLE", "fp32", "cpu")], 20.0
+        )
+        assert row.note == f"{value} True"
+    monkeypatch.delenv("SOME_VARIABLE")
+    (row,) = isolate.run_apart(check_runners.surroundings, [isolate.Cell("p", "SOME_VARIABLE", "fp32", "cpu")], 20.0)
+    assert row.note == "None True"
+
+
 def test_processes_take_cells_from_one_deal() -> None:
     cells = [isolate.Cell("p", f"fine {i}", "fp32", "cpu") for i in range(6)]
     deal = isolate.Deal(cells)
@@ -375,7 +391,7 @@ def test_processes_take_cells_from_one_deal() -> None:
         ("cpu", 8, 0, 4),
         ("cpu", 1, 0, 1),
         ("cuda", 6, 80, 6),
-        ("cuda:1", 64, 80, 12),
+        ("cuda:1", 64, 80, 16),
         ("cuda", 16, 7, 4),
         ("cuda", 4, 1, 1),
     ],

@@ -19,6 +19,9 @@ from .compare import BAD, CRASH, ERROR, HANG, Row
 #: Seconds that starting a process and importing torch and transformers may take, beside the time of its first cell.
 STARTING = 120.0
 
+#: Seconds that one may take to end once it is not asked any more.
+LEAVING = 5.0
+
 
 class Cell(NamedTuple):
     """What is to be run: a feature or a model's check, of a provider, in a dtype, on a device."""
@@ -96,12 +99,13 @@ def run_apart(run: Runner, cells: Sequence[Cell] | Deal, timeout: float) -> Iter
         process = context.Process(target=_serve, args=(there, run, dict(os.environ)), daemon=True)
         process.start()
         there.close()
-        started = True
+        started, lost = True, True
         try:
             patience = timeout + STARTING
             while True:
                 cell = cell or deal.take()
                 if cell is None:
+                    lost = False
                     return
                 begin = time.monotonic()
                 row = _ask(here, process, cell, patience)
@@ -112,9 +116,10 @@ def run_apart(run: Runner, cells: Sequence[Cell] | Deal, timeout: float) -> Iter
                     break
                 patience = timeout
         finally:
+            here.close()  # a process that waits for a cell ends by itself, and tidies up what libraries left
+            process.join(0 if lost else LEAVING)
             process.kill()
             process.join()
-            here.close()
 
 
 #: Ends the note of a row after which the device answers nobody in its process.

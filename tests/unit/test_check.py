@@ -373,6 +373,13 @@ def test_processes_see_the_present_environment(methods: list[str], monkeypatch: 
     assert row.note == "None True"
 
 
+def test_processes_end_by_themselves(tmp_path: Path) -> None:
+    """So that what libraries keep in the system (semaphores) goes with them."""
+    cell = isolate.Cell("p", str(tmp_path / "tidy"), "fp32", "cpu")
+    assert [row.status for row in isolate.run_apart(check_runners.tidies_up, [cell], 20.0)] == [OK]
+    assert (tmp_path / "tidy").exists()
+
+
 def test_processes_take_cells_from_one_deal() -> None:
     cells = [isolate.Cell("p", f"fine {i}", "fp32", "cpu") for i in range(6)]
     deal = isolate.Deal(cells)

@@ -28,7 +28,6 @@ class Config(NamedTuple):
         narrow_first: with 128 keys, which of the two products for dk is started before the next scores.
         parts: dv has a kernel of its own, dk and dq another (``backward_parts``, of which ``keys`` and ``stages`` are
             those of the one for dk).
-        from_shared: there, ds is read from shared memory for dk, too.
         dv_stages: those of q and of dout in the kernel for dv.
     """
 
@@ -44,7 +43,6 @@ class Config(NamedTuple):
     dv_late: bool = False
     narrow_first: bool = False
     parts: bool = False
-    from_shared: bool = False
     dv_stages: tuple[int, int] = (2, 2)
 
 

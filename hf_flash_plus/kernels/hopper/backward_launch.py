@@ -503,7 +503,7 @@ def main_launch(
             del options[name]
         q_stages, dout_stages = (config.stages, config.dout_stages) if with_dk else config.dv_stages
         options |= {"WIDTH": parts.block_d, "Q_STAGES": q_stages, "DOUT_STAGES": dout_stages, "WITH_DK": with_dk}
-        options |= {"FROM_SHARED": config.from_shared, "MASK": 2 if mask == 1 and not corners else mask}
+        options["MASK"] = 2 if mask == 1 and not corners else mask
     elif wide:
         assert mode, "at these head dimensions dq has no kernel of its own"
         kind = "wide"

@@ -229,7 +229,6 @@ def _dv_step(
     HAS_LEFT: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
-    FROM_SHARED: gl.constexpr,
 ):
     """Tile number ``it``'s part of dv, from its ``weights``, and the weights of the next, ``tile``."""
     q_smem, _, _, dout_smem, _ = tiles
@@ -264,7 +263,7 @@ def _start_dq(tiles, half: gl.constexpr):
 
 
 @gluon.jit
-def _leave_ds(ds, tiles, FROM_SHARED: gl.constexpr):
+def _leave_ds(ds, tiles):
     """Bring ds to shared memory; what is kept of it in registers, 16 bits wide, for dk."""
     DTYPE: gl.constexpr = tiles[0].dtype
     ds_smem = tiles[4]
@@ -272,23 +271,17 @@ def _leave_ds(ds, tiles, FROM_SHARED: gl.constexpr):
     _here(ds_smem, gl.to_tensor(0)).store(ds.to(DTYPE))
     fence_async_shared()
     gl.thread_barrier()
-    if FROM_SHARED:
-        return gl.to_tensor(0)
-    else:
-        return _packed(ds, DTYPE)
+    return _packed(ds, DTYPE)
 
 
 @gluon.jit
-def _start_dq_and_dk(it, kept, dk, tiles, Q_STAGES: gl.constexpr, FROM_SHARED: gl.constexpr):
+def _start_dq_and_dk(it, kept, dk, tiles, Q_STAGES: gl.constexpr):
     """Start the products of ds with k for half of dq, and with q for dk."""
-    q_smem, _, _, _, ds_smem = tiles
+    q_smem, _, _, _, _ = tiles
     dq_async = _start_dq(tiles, 0)
     q = _here(q_smem, it % Q_STAGES)
-    if FROM_SHARED:
-        dk = warpgroup_mma(_here(ds_smem, it * 0), q, dk, is_async=True)
-    else:
-        DS_L: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
-        dk = warpgroup_mma(_operand(kept, q_smem.dtype, DS_L), q, dk, is_async=True)
+    DS_L: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    dk = warpgroup_mma(_operand(kept, q_smem.dtype, DS_L), q, dk, is_async=True)
     return dq_async, dk
 
 
@@ -312,7 +305,6 @@ def _dk_step(
     HAS_LEFT: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
-    FROM_SHARED: gl.constexpr,
 ):
     """Tile number ``it``'s parts of dk and dq, from what is ``kept`` of its ds, and ds of the next, ``tile``."""
     _, _, v_smem, dout_smem, _ = tiles
@@ -321,7 +313,7 @@ def _dk_step(
     q_full, dout_full = bars
     zeros = gl.full([KEYS, ROWS], 0.0, gl.float32, key_layout(KEYS, ROWS))
     next_stage = (it + 1) % Q_STAGES
-    dq_async, dk = _start_dq_and_dk(it, kept, dk, tiles, Q_STAGES, FROM_SHARED)
+    dq_async, dk = _start_dq_and_dk(it, kept, dk, tiles, Q_STAGES)
     dq = warpgroup_mma_wait(1, deps=[dq_async])
     first, second = _halves(dq)
     _hand_over(first, dq_smem, 1, dq_free)
@@ -343,7 +335,7 @@ def _dk_step(
     g = _weights_of(
         s, tile, masked, first_key, key_start, row_start, numbers, MASK, HAS_LEFT, HAS_SOFTCAP, TAIL, HAS_SOFTCAP
     )
-    return _leave_ds(g * dp, tiles, FROM_SHARED), dk
+    return _leave_ds(g * dp, tiles), dk
 
 
 @gluon.jit
@@ -366,7 +358,6 @@ def _consumer(
     HAS_SOFTCAP: gl.constexpr,
     TAIL: gl.constexpr,
     WITH_DK: gl.constexpr,
-    FROM_SHARED: gl.constexpr,
 ):
     """Two warpgroups: dv, or dk, of 64 keys each; with dk each step's dq together."""
     q_smem, k_smem, v_smem, dout_smem, _ = tiles
@@ -403,7 +394,7 @@ def _consumer(
             WITH_DK and HAS_SOFTCAP,
         )  # fmt: skip
         if WITH_DK:
-            x = _leave_ds(p * dp, tiles, FROM_SHARED)
+            x = _leave_ds(p * dp, tiles)
         else:
             meet("arrive", Q_BARRIER)
             x = _packed(p, q_smem.dtype)
@@ -412,12 +403,12 @@ def _consumer(
             for it in range(BEFORE * n_heads - 1):
                 x, sums = step(
                     it, first_tile + (it + 1) % BEFORE, True, x, sums, first_key, key_start, tiles, rows, dq_to,
-                    step_bars, numbers, Q_STAGES, DOUT_STAGES, MASK, False, HAS_SOFTCAP, TAIL, FROM_SHARED,
+                    step_bars, numbers, Q_STAGES, DOUT_STAGES, MASK, False, HAS_SOFTCAP, TAIL,
                 )  # fmt: skip
             for it in range(BEFORE * n_heads - 1, total - 1):
                 x, sums = step(
                     it, 0, False, x, sums, first_key, key_start, tiles, rows, dq_to, step_bars, numbers, Q_STAGES,
-                    DOUT_STAGES, MASK_NONE, False, HAS_SOFTCAP, TAIL, FROM_SHARED,
+                    DOUT_STAGES, MASK_NONE, False, HAS_SOFTCAP, TAIL,
                 )  # fmt: skip
         else:
             i = n * 0
@@ -430,11 +421,11 @@ def _consumer(
                     masked = (i < n_before) | (i >= n_before + n_full)
                 x, sums = step(
                     it, first_tile + i, masked, x, sums, first_key, key_start, tiles, rows, dq_to, step_bars, numbers,
-                    Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, HAS_SOFTCAP, TAIL, FROM_SHARED,
+                    Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, HAS_SOFTCAP, TAIL,
                 )  # fmt: skip
         last = total - 1
         if WITH_DK:
-            dq_async, sums = _start_dq_and_dk(last, x, sums, tiles, Q_STAGES, FROM_SHARED)
+            dq_async, sums = _start_dq_and_dk(last, x, sums, tiles, Q_STAGES)
             dq = warpgroup_mma_wait(1, deps=[dq_async])
             first, second = _halves(dq)
             _hand_over(first, dq_smem, 1, dq_free)
@@ -505,13 +496,12 @@ def attention_backward_part(
     TAIL: gl.constexpr,
     ROTATE: gl.constexpr,
     WITH_DK: gl.constexpr,
-    FROM_SHARED: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):
     """dv (or with WITH_DK dk, and their part of dq) of 128 keys of one key head, summed over ``heads_per_split`` heads.
 
     As ``backward_wide.attention_backward_wide``, but: ``dq_desc`` is in blocks of 16 by 128 numbers. WIDTH is that of
-    q, k, v and dout. FROM_SHARED: the product for dk reads ds from shared memory, not from registers.
+    q, k, v and dout.
     """
     DTYPE: gl.constexpr = q_desc.dtype
     n_tiles_k = (seqlen_k + KEYS - 1) // KEYS
@@ -584,7 +574,7 @@ def attention_backward_part(
         gl.warp_specialize(
             [
                 (_consumer, (tiles, rows, (dq_smem, dq_free), bars, out, work, steps, numbers, HEAD_DIM, WIDTH,
-                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, GROUPED, HAS_SOFTCAP, TAIL, True, FROM_SHARED)),
+                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, GROUPED, HAS_SOFTCAP, TAIL, True)),
                 (_producer, (descs, blocks, bars, where, WIDTH, Q_STAGES, DOUT_STAGES, ROTATE, True, PHASES)),
                 (_storer, (dq_desc, quarters, dq_free, where, WIDTH, ROTATE, PHASES)),
             ],
@@ -595,7 +585,7 @@ def attention_backward_part(
         gl.warp_specialize(
             [
                 (_consumer, (tiles, rows, (dq_smem, dq_free), bars, out, work, steps, numbers, V_HEAD_DIM, WIDTH,
-                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, GROUPED, HAS_SOFTCAP, TAIL, False, FROM_SHARED)),
+                             Q_STAGES, DOUT_STAGES, MASK, HAS_LEFT, GROUPED, HAS_SOFTCAP, TAIL, False)),
                 (_producer, (descs, blocks, bars, where, WIDTH, Q_STAGES, DOUT_STAGES, ROTATE, False, PHASES)),
             ],
             [1],

@@ -158,7 +158,7 @@ def select(
         }  # fmt: skip
     # One H200, us without / with the list, neither with the summary: padded B8 S2048 219 / 217, S4096 635 / 630, 16 odd
     # documents 173 / 153, packed 362 / 360 at head dimension 64. At 128 the list with early claims lost 3 to 8 percent;
-    # with late ones it is expected to gain 4 (hopper.md, seventh round: not run yet).
+    # with late ones it gains 1 to 4, odd documents 15 (hopper.md, seventh round).
     copied = mode == INTERVALS and dims == (64, 64)
     listed = copied or (mode == INTERVALS and dims == (128, 128))
     return Config(

@@ -189,6 +189,19 @@ def test_options_of_wide_heads(option: dict[str, int]) -> None:
     _compile("unordered", inputs, 32, backward_config.WIDE[256]._replace(**option), serialized)
 
 
+def test_short_calls_have_one_kernel() -> None:
+    """At 256 columns, where the diagonal or a window leaves programs few steps."""
+    for mask, seqlen, apart in (
+        ("causal", 1023, False),
+        ("causal", 1024, True),
+        ("window", 512, False),
+        ("full", 64, True),
+    ):
+        with compiling_for("sm90"):
+            found = hopper_launches(_inputs(mask, 256, 8, seqlen, 0.0, BF16), "unordered")
+        assert ("dv" in found) == apart, (mask, seqlen)
+
+
 @pytest.mark.parametrize("option", [{}, {"dv_stages": (2, 3)}], ids=str)
 def test_options_of_parts(option: dict[str, Any]) -> None:
     """dv in a kernel of its own, with room for what is in flight; without row intervals."""

@@ -263,7 +263,8 @@ def test_configurations_are_sound() -> None:
             assert halved.q_buffers > 1 and halved.chunks == 1 and not halved.early_free
             assert halved.consumers == 2 or not halved.free_k_first
             assert halved.v_stages <= halved.k_stages or halved.free_k_first
-        assert not chosen.listed or (mode == config.INTERVALS and chosen.q_buffers > 1 and chosen.chunks == 1)
+        assert chosen.listed == (mode == config.INTERVALS and dim[0] <= 128)
+        assert not chosen.listed or (chosen.q_buffers > 1 and chosen.chunks == 1)
         assert chosen.listed or not chosen.copied
         assert not chosen.parts
 
@@ -273,6 +274,8 @@ def test_which_calls_have_parts() -> None:
         for variant in (Variant((128, 128), "full"), Variant((128, 128), "whole"), Variant((64, 64), "full")):
             _, launch = launches(inputs_of(variant))
             assert launch.plan.config.parts == (variant.dims == (128, 128) and variant.mask == "full"), variant
+        _, launch = launches(inputs_of(Variant((128, 128), "full", terms=True)))
+        assert not launch.plan.config.parts, "each part would count the sinks"
 
 
 def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:

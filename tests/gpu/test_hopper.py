@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_flash_plus.inputs import AttentionInputs
 from hf_flash_plus.interval_cache import share
-from hf_flash_plus.kernels.hopper import forward_launch
+from hf_flash_plus.kernels.hopper import config, forward_launch
 from hf_flash_plus.masks import AttentionMask
 from tests.gpu.compiling import Compilation, kind_of_mask, unless_parallel
 from tests.gpu.memory import needs_memory
@@ -97,6 +97,20 @@ CASES += [  # several tiles to a program, of one block and of more, some of whic
     Case(features, 6, 700, 700, 16, 4, dim, dim, BF16)
     for features in ((), ("causal",), ("left_window",), ("packed",), ("left_padding",), ("intervals",), ("nothing",))
     for dim in (64, 128)
+]
+CASES += [  # D64: so many rows that two warpgroups are chosen
+    Case(features, 2, seqlen_q, seqlen_k, 6, 2, 64, 64, dtype)
+    for features, seqlen_q, seqlen_k, dtype in (
+        (("causal",), 1375, 1375, BF16),
+        (("causal",), 1280, 1280, FP16),
+        (("causal",), 256, 2048, BF16),
+        (("causal", "softcap"), 1375, 1375, BF16),
+        (("causal", "sinks"), 250, 1146, BF16),
+        ((), 256, 2048, BF16),
+        ((), 250, 1111, FP16),
+        (("softcap",), 256, 1024, BF16),
+        (("sinks",), 200, 1030, BF16),
+    )
 ]
 PARTS_CASES = [  # what does not fill a wave of programs is cut along the keys
     Case(features, batch, seqlen_q, seqlen_k, nheads, nheads_k, dim, dim, dtype)
@@ -214,6 +228,9 @@ def compilations() -> list[Compilation]:
     work = []
     for case in CASES + GROWTH_CASES:
         tail = case.seqlen_k % 128 == 0, (case.seqlen_k - case.seqlen_q) % 128 == 0, case.seqlen_k <= 1024
+        tail += tuple(
+            config.is_short((64, 64), mode, case.seqlen_q, case.seqlen_k) for mode in (config.FULL, config.CAUSAL)
+        )
         terms = "softcap" in case.features, "sinks" in case.features
         key = (kind_of_mask(case.features), terms, case.head_dim, case.v_head_dim, case.dtype, tail)
         work.append(Compilation(key, compile_case, (case,)))

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...inputs import SHORT_QUERY, AttentionInputs
 from ...interval_cache import shared
 from . import config
-from .config import CAUSAL, FULL, INTERVALS, SHORT_CAUSAL, TAIL, WINDOW, Config
+from .config import CAUSAL, FULL, INTERVALS, TAIL, WINDOW, Config
 from .launching import Launch, Plan, descriptor, layout_reason
 
 if TYPE_CHECKING:
@@ -351,7 +351,7 @@ def prepare(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[SummaryL
     if mode >= WINDOW:
         window = _window(inputs, seqlen_q, seqlen_k)
     halves = mode == WINDOW and config.regular_window(dims, *window, seqlen_k - seqlen_q)
-    short = seqlen_k <= SHORT_CAUSAL
+    short = config.is_short(dims, mode, seqlen_q, seqlen_k)
     plan = _plan(dims, mode, short, softcap > 0.0, sinks is not None, q.dtype, halves, parts is not None)
     if mode == INTERVALS:
         summary = SummaryLaunch(inputs, window, plan.block_m, plan.config.block_n, False, plan.config.listed)

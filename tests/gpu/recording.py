@@ -115,6 +115,14 @@ def totals(files: dict[str, Counter[str]]) -> dict[str, int]:
     }
 
 
+def merge_findings(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the sanitizer found in several runs, of each tool and group the last; None where there is none."""
+    if not runs:
+        return None
+    findings = {(one["tool"], one["group"]): one for run in runs for one in run["findings"]}
+    return {**runs[-1], "findings": [findings[key] for key in sorted(findings)]}
+
+
 def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Runs of different tests as one record; a test file may come in several of them."""
     files: dict[str, Counter[str]] = {}
@@ -127,7 +135,7 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         failures |= record["failures"]
     crashed = {name: code for record in records for name, code in record.get("crashed_calls", {}).items()}
     first = records[0]
-    sanitizer = [record["sanitizer"] for record in records if "sanitizer" in record]
+    sanitizer = merge_findings([record["sanitizer"] for record in records if "sanitizer" in record])
     # Merged records name several; those from outside of git none.
     commits = [commit for record in records if record["commit"] for commit in record["commit"].split(", ")]
     # 5: no tests were collected, as where nothing needs the GPU alone.
@@ -147,7 +155,7 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "skips": dict(skips.most_common()),
         "random_calls": [row for record in records for row in record["random_calls"]],
         **({"crashed_calls": crashed} if crashed else {}),
-        **({"sanitizer": sanitizer[-1]} if sanitizer else {}),
+        **({"sanitizer": sanitizer} if sanitizer else {}),
     }
 
 

@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Parts may run on several GPUs at once, and be put together by the last, or by a run of no part.
     added = [json.loads(path.read_text()) for path in args.with_part]
     records: list[dict[str, Any]] = [data for data in added if "findings" not in data]
-    sanitizer = next((data for data in added if "findings" in data), None)
+    before = [data["sanitizer"] for data in records if "sanitizer" in data]
+    sanitizer = recording.merge_findings(before + [data for data in added if "findings" in data])
     save(args.output, records, sanitizer)
     with tempfile.TemporaryDirectory() as folder:
         if "compile" in chosen:

@@ -275,3 +275,19 @@ def test_one_of_two_right_kernels_explains_what_the_other_does_not() -> None:
 def test_a_planted_fault_that_is_not_found_is_no_success() -> None:
     found = sanitizer.read("memcheck", "bounds", 0, "sanitized: a\n========= ERROR SUMMARY: 0 errors\n")
     assert found.status == "clean" and not found.good
+
+
+def test_findings_of_several_runs() -> None:
+    """The sanitizer's runs may cover other tools and groups each; what was looked at again is replaced."""
+    first = {"tool": "a", "complete": False, "findings": [_finding("memcheck", "x", 1), _finding("racecheck", "x", 2)]}
+    second = {"tool": "b", "complete": True, "findings": [_finding("racecheck", "x", 3), _finding("memcheck", "a", 4)]}
+    merged = recording.merge_findings([first, second])
+    assert merged is not None and (merged["tool"], merged["complete"]) == ("b", True)
+    assert [one["errors"] for one in merged["findings"]] == [4, 1, 3]
+    assert recording.merge_findings([]) is None
+    records = [_record(sanitizer=first), _record(), _record(sanitizer=second)]
+    assert recording.merge(records)["sanitizer"] == merged
+
+
+def _finding(tool: str, group: str, errors: int) -> dict[str, object]:
+    return {"tool": tool, "group": group, "errors": errors}

@@ -116,15 +116,18 @@ def totals(files: dict[str, Counter[str]]) -> dict[str, int]:
 
 
 def merge_findings(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the sanitizer found in several runs, of each tool and group the last; None where there is none."""
+    """What the sanitizer found in several runs, of each tool and group the last; None where there is none. It is
+    complete if every run is."""
     if not runs:
         return None
     findings = {(one["tool"], one["group"]): one for run in runs for one in run["findings"]}
-    return {**runs[-1], "findings": [findings[key] for key in sorted(findings)]}
+    complete = all(run["complete"] for run in runs)
+    return {**runs[-1], "complete": complete, "findings": [findings[key] for key in sorted(findings)]}
 
 
-def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Runs of different tests as one record; a test file may come in several of them."""
+def merge(records: Sequence[dict[str, Any]], findings: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Runs of different tests as one record, dated by the last; a test file may come in several of them. ``findings``
+    are runs of the sanitizer that no record holds yet."""
     files: dict[str, Counter[str]] = {}
     skips: Counter[str] = Counter()
     failures: dict[str, str] = {}
@@ -135,13 +138,14 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         failures |= record["failures"]
     crashed = {name: code for record in records for name, code in record.get("crashed_calls", {}).items()}
     first = records[0]
-    sanitizer = merge_findings([record["sanitizer"] for record in records if "sanitizer" in record])
+    sanitizer = merge_findings([*(record["sanitizer"] for record in records if "sanitizer" in record), *findings])
     # Merged records name several; those from outside of git none.
     commits = [commit for record in records if record["commit"] for commit in record["commit"].split(", ")]
     # 5: no tests were collected, as where nothing needs the GPU alone.
     statuses = [0 if record["exit_status"] == 5 else record["exit_status"] for record in records]
     return {
-        **{name: first[name] for name in ("date", "gpu", "driver")},
+        "date": max(record["date"] for record in records),
+        **{name: first[name] for name in ("gpu", "driver")},
         "commit": ", ".join(dict.fromkeys(commits)) or None,
         "versions": first["versions"],
         "commands": [command for record in records for command in record.get("commands") or [record["command"]]],

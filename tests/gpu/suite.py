@@ -66,13 +66,11 @@ def run(command: Sequence[str], seconds: float) -> int:
         return 124
 
 
-def save(output: Path, parts: Sequence[dict[str, Any]], sanitizer: dict[str, Any] | None) -> None:
-    """The merged record so far."""
+def save(output: Path, parts: Sequence[dict[str, Any]], findings: Sequence[dict[str, Any]]) -> None:
+    """The merged record so far, of pytest's ``parts`` and runs of the sanitizer."""
     if not parts:
         return
-    record = recording.merge(parts)
-    if sanitizer is not None:
-        record["sanitizer"] = sanitizer
+    record = recording.merge(parts, findings)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -96,9 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Parts may run on several GPUs at once, and be put together by the last, or by a run of no part.
     added = [json.loads(path.read_text()) for path in args.with_part]
     records: list[dict[str, Any]] = [data for data in added if "findings" not in data]
-    before = [data["sanitizer"] for data in records if "sanitizer" in data]
-    sanitizer = recording.merge_findings(before + [data for data in added if "findings" in data])
-    save(args.output, records, sanitizer)
+    findings = [data for data in added if "findings" in data]
+    save(args.output, records, findings)
     with tempfile.TemporaryDirectory() as folder:
         if "compile" in chosen:
             codes.append(run(["-m", "tests.gpu.compiling", "--jobs", f"{args.workers}"], end - time.monotonic()))
@@ -111,13 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 codes.append(run([*command, "--record-file", str(path)], end - time.monotonic()))
                 if path.exists():
                     records.append(recording.with_crashed(json.loads(path.read_text()), calls))
-                    save(args.output, records, sanitizer)
+                    save(args.output, records, findings)
         if "sanitizer" in chosen:
             path = Path(folder, "sanitizer.json")
             codes.append(run(["-m", "tests.gpu.sanitizer", "--output", str(path)], end - time.monotonic()))
             if path.exists():
-                sanitizer = json.loads(path.read_text())
-                save(args.output, records, sanitizer)
+                findings.append(json.loads(path.read_text()))
+                save(args.output, records, findings)
     return max(codes, default=0)
 
 

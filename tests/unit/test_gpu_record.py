@@ -183,7 +183,7 @@ def test_the_suite_leaves_no_test_out() -> None:
 
 
 def test_parts_of_several_runs(tmp_path: Path) -> None:
-    parts = {"a": _record(), "b": _record(), "sanitizer": {"tool": "t", "findings": []}}
+    parts = {"a": _record(), "b": _record(), "sanitizer": {"tool": "t", "complete": True, "findings": []}}
     for name, data in parts.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
 
@@ -282,11 +282,13 @@ def test_findings_of_several_runs() -> None:
     first = {"tool": "a", "complete": False, "findings": [_finding("memcheck", "x", 1), _finding("racecheck", "x", 2)]}
     second = {"tool": "b", "complete": True, "findings": [_finding("racecheck", "x", 3), _finding("memcheck", "a", 4)]}
     merged = recording.merge_findings([first, second])
-    assert merged is not None and (merged["tool"], merged["complete"]) == ("b", True)
+    assert merged is not None and (merged["tool"], merged["complete"]) == ("b", False)
     assert [one["errors"] for one in merged["findings"]] == [4, 1, 3]
     assert recording.merge_findings([]) is None
     records = [_record(sanitizer=first), _record(), _record(sanitizer=second)]
-    assert recording.merge(records)["sanitizer"] == merged
+    assert recording.merge(records)["sanitizer"] == recording.merge(records[:2], [second])["sanitizer"] == merged
+    dates = [_record(date="2026-11-29T06:00:00+00:00"), _record(date="2026-11-28T09:00:00+00:00")]
+    assert recording.merge(dates)["date"] == dates[0]["date"] == recording.merge(dates[::-1])["date"]
 
 
 def _finding(tool: str, group: str, errors: int) -> dict[str, object]:

@@ -26,7 +26,7 @@ SHORT_CAUSAL = 1024
 #: Head dimension 64, tiles of two and of three warpgroups: rows, and what a tile takes for each block of 128 keys and
 #: for its ends. Fitted to twelve causal calls of 1152 to 4096 tokens on one H200, whose ratios it meets within 1.6
 #: percent: three warpgroups take 12 percent longer at 1375 tokens, and 7 percent less at 3072.
-TILES = {2: (128, 1.0, 0.5), 3: (192, 1.29, 1.29)}
+TILE_COSTS = {2: (128, 1.0, 0.5), 3: (192, 1.29, 1.29)}
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def regular_window(dims: tuple[int, int], left: int, right: int, offset: int) ->
 
 
 def _cost(consumers: int, seqlen_q: int, seqlen_k: int, causal: bool) -> float:
-    """What a head takes in tiles of so many warpgroups, by ``TILES``."""
-    rows, block, ends = TILES[consumers]
+    """What a head takes in tiles of so many warpgroups, by ``TILE_COSTS``."""
+    rows, block, ends = TILE_COSTS[consumers]
     starts = range(0, seqlen_q, rows)
     seen = (min(start + rows + seqlen_k - seqlen_q, seqlen_k) if causal else seqlen_k for start in starts)
     return sum(-(-keys // 128) for keys in seen) * block + len(starts) * ends
@@ -136,8 +136,8 @@ def select(
     halves: bool = False,
     parts: bool = False,
 ) -> Config:
-    """The configuration for a class of head dimensions; ``short``: as :func:`is_short`; ``halves``: the
-    window is a ``regular_window``; ``parts``: as ``Config.parts``."""
+    """The configuration for a class of head dimensions; ``short``: as :func:`is_short`, never with a window or row
+    intervals; ``halves``: the window is a ``regular_window``; ``parts``: as ``Config.parts``."""
     # The roles beside the consumers do more where tiles are described in shared memory and V is cleaned.
     described = mode in (WINDOW, INTERVALS)
     shape: dict[str, Any]
@@ -158,7 +158,7 @@ def select(
             # tokens 223 against 372 with two, and 376 with three Q buffers; padded B8 S2048 216, 297 and 301, windows
             # 313, 360 and 360 (one H100).
             shape |= fewer | {"q_buffers": 3}
-        elif short and not described:
+        elif short:
             # Tiles of 192 rows do not fit lengths, and see more hidden keys (one H100, B32 S512: 250 against 211).
             shape |= fewer | {"q_buffers": 3}
     elif dims == (128, 128):
@@ -169,7 +169,7 @@ def select(
             "free_k_first": True,
             "turns": not described,  # 0 to 2 %; costs 1 % at head dimension 64
         }  # fmt: skip
-        if mode == CAUSAL and short:  # 304 against 294 at B32 S512; longer ones lose up to 3 %
+        if short:  # 304 against 294 at B32 S512; longer ones lose up to 3 %
             shape |= {"q_buffers": 3, "v_stages": 2, "free_k_first": False, "early_free": True}
     elif dims == (192, 128):
         # 192 is no power of 2: three chunks of 64. Shared memory has room for one Q.

@@ -112,15 +112,27 @@ def _blocks(summary, inside):
     return tl.where(last > 0, tl.load(summary + 1, mask=inside, other=0), 0)
 
 
+@triton.jit
+def _known_end(summary_ptr, tile, n_tiles, inside):
+    """The end of the keys of which every one is seen by some row of a tile or of the next one, from the tile's first key
+    on (if it has no gaps): V of these need not be cleaned, they are no padding. Causal tiles end within a block."""
+    last = tl.load(summary_ptr + tile * CARD + 5, mask=inside, other=0)
+    after = summary_ptr + (tile + 1) * CARD
+    inside = inside & (tile + 1 < n_tiles)
+    first, end = tl.load(after + 4, mask=inside, other=0), tl.load(after + 5, mask=inside, other=0)
+    gaps = tl.load(after + 6, mask=inside, other=1)
+    return tl.where((last > 0) & (gaps == 0) & (first <= last), tl.maximum(last, end), last)
+
+
 @triton.jit(do_not_specialize=("summary_ptr", "listed_ptr", "n_tiles"))
 def list_tiles(summary_ptr, listed_ptr, n_tiles, ROWS: tl.constexpr, CHUNK: tl.constexpr, COUNTED: tl.constexpr):
     """List the tiles of row intervals in the order in which the forward kernel computes them. One program for each
     batch element of the intervals, whose tiles follow one another, from the last rows to the first.
 
     The list's head says how many tiles see something; these come first, the others fill it from its end. An entry is
-    the tile's summary with its place: its first row, its batch element (of the intervals), and of the tiles of that
-    element that see something, where the first one stands, how many there are, and how many blocks of keys one of them
-    has at most. CHUNK tiles are listed at a time, COUNTED summaries of earlier batch elements asked.
+    the tile's summary (the end of its keys is that of ``_known_end``) with its place: its first row, its batch element
+    (of the intervals), and of the tiles of that element that see something, where the first one stands, how many there
+    are, and how many blocks of keys one of them has at most. CHUNK tiles are listed at a time, COUNTED summaries of earlier batch elements asked.
     """
     batch, n_lists = tl.program_id(0), tl.num_programs(0)
     n_before = batch * n_tiles
@@ -154,6 +166,7 @@ def list_tiles(summary_ptr, listed_ptr, n_tiles, ROWS: tl.constexpr, CHUNK: tl.c
         entry = listed_ptr + at * LISTED
         known = inside[:, None] & ((field < 7) | (field > 9))
         numbers = tl.load(summary_ptr + tile[:, None] * CARD + field, mask=known, other=0)
+        numbers = tl.where(field == 5, _known_end(summary_ptr, tile, n_tiles, inside)[:, None], numbers)
         numbers = tl.where(field == 7, tile[:, None] * ROWS, numbers)
         numbers = tl.where(field == 8, batch, numbers)
         tl.store(entry[:, None] + field, numbers, mask=inside[:, None])

@@ -26,7 +26,24 @@ def _intervals(lengths: list[list[int]], rows: int) -> torch.Tensor:
     return torch.stack((torch.zeros_like(end), end), dim=-1)
 
 
+def _documents(rows: int, starts: list[int], seen_from: int) -> torch.Tensor:
+    """Causal documents that begin with these rows; the first rows and keys, up to ``seen_from``, are padding."""
+    row = torch.arange(rows)
+    start = torch.tensor([max(at for at in starts if at <= r) for r in range(rows)]).clamp(min=seen_from)
+    return torch.stack((start, row + 1), dim=-1)[None]
+
+
+def _apart(rows: int) -> torch.Tensor:
+    """Causal, but a few rows behind a tile's end, and keys, are padding; and so in the middle of a tile."""
+    causal = _documents(rows, [0, 140, 300], 0)
+    causal[:, 128:140] = causal[:, 280:300] = 0
+    return causal
+
+
 CASES = {
+    "documents": (_documents(700, [0, 100, 256, 300], 0), 1, 2, 1),
+    "documents after padding": (_documents(700, [0, 300], 170), 2, 2, 1),
+    "keys that nobody sees": (_apart(700), 1, 3, 1),
     "padded": (_intervals([[128] * n + [70] * (n < 5) + [0] * (4 - n) for n in (5, 3, 1, 4)], 600), 4, 2, 2),
     "an element without tiles": (_intervals([[0, 0], [128, 3], [0, 0], [1, 0], [0, 0]], 200), 5, 3, 1),
     "holes": (_intervals([[0, 1, 0, 128, 0, 7], [1, 0, 1, 0, 1, 0]], 768), 2, 4, 2),
@@ -59,6 +76,19 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in vars(schedule).copy().items():
         if name.isupper() and hasattr(value, "value"):
             monkeypatch.setattr(schedule, name, value.value)
+
+
+def _known_end(launch: forward_launch.SummaryLaunch, lists: int, b: int, row_tile: int) -> int:
+    """To where a tile's keys go on, if the next tile of rows sees them, by looking at every row."""
+    bounds = launch.bounds.view(lists, -1, BLOCK_M, 2)[b]
+    key = torch.arange(int(bounds.max()) + 2)
+    sees = ((key >= bounds[..., :1]) & (key < bounds[..., 1:])).any(1)  # of each tile of rows
+    last = end = int(sees[row_tile].nonzero().max()) + 1
+    if row_tile + 1 < len(sees) and sees[row_tile + 1].any():
+        first, behind = (int(at) for at in sees[row_tile + 1].nonzero()[[0, -1], 0])
+        if first <= last and sees[row_tile + 1, first:behind].all():
+            end = max(last, behind + 1)
+    return end
 
 
 @pytest.mark.parametrize("blocks_in_flight", [1, 6, 10**6])
@@ -98,8 +128,9 @@ def test_list(
         b, row_tile = card[schedule.BATCH] + batch_of_heads, card[schedule.ROW] // BLOCK_M
         described = summary[b if lists > 1 else 0, row_tile].tolist()
         assert card[schedule.N_BLOCKS] > 0 and card[schedule.ROW] % BLOCK_M == 0 and card[schedule.HEAD] == 0
-        for field in (*range(7), *range(10, 14)):
+        for field in (*range(5), 6, *range(10, 14)):
             assert card[field] == described[field]
+        assert card[schedule.LAST] == _known_end(launch, lists, b if lists > 1 else 0, row_tile)
         seen.append((b, head, row_tile))
         if found.section >= heads and seen[1:]:  # all heads of one row tile after another, from the last to the first
             assert seen[-2][0] < b or seen[-2][2] >= seen[-1][2] or lists > 1 or batch > 1

@@ -39,13 +39,11 @@ from .schedule import (
 #: from those who finish before. The answer takes 1900 to 4300 cycles, a block about 2500; one to three are as good.
 LATE = gl.constexpr(2)
 
-#: Rows of a listed tile that sees nothing are written so many at a time, between tiles whose O may have to wait for it.
-PART = gl.constexpr(32)
-
 
 @gluon.jit
-def _write_nothing(first_row, batch, head, p, N: gl.constexpr, C: gl.constexpr):
-    """O and log-sum-exp of N rows (a multiple of 32) that see no keys, written by one warp."""
+def _write_nothing(first_row, batch, head, p, C: gl.constexpr):
+    """O and log-sum-exp of a tile whose rows see no keys, written by one warp."""
+    BLOCK_M: gl.constexpr = C.consumers * 64
     PIECES: gl.constexpr = C.v_dim // 8  # of a row, 16 bytes each
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     # A piece for each thread at a time, from few numbers: the warp that stores O does this on the side.
@@ -56,7 +54,7 @@ def _write_nothing(first_row, batch, head, p, N: gl.constexpr, C: gl.constexpr):
     at = ((batch.to(gl.int64) * p.seqlen_q + row) * p.nheads + head) * p.v_head_dim + column
     step = (p.nheads * p.v_head_dim).to(gl.int64) * ROWS
     end = gl.where(column < p.v_head_dim, p.seqlen_q, 0)
-    for _ in range(N // ROWS // 8):
+    for _ in range(BLOCK_M // ROWS // 8):
         for _ in gl.static_range(8):
             write_zeros(p.out_ptr + at, row < end)
             at += step
@@ -65,7 +63,7 @@ def _write_nothing(first_row, batch, head, p, N: gl.constexpr, C: gl.constexpr):
     if C.sinks:
         value = gl.load(p.sinks_ptr + head * p.sinks_stride).to(gl.float32)
     base = p.lse_ptr + (batch * p.nheads + head).to(gl.int64) * p.seqlen_q
-    for part in range(N // 32):
+    for part in range(BLOCK_M // 32):
         row = first_row + part * 32 + gl.arange(0, 32, flat)
         gl.store(base + row, gl.full([32], value, gl.float32, flat), mask=row < p.seqlen_q)
 
@@ -87,24 +85,21 @@ def _write_unseen(number, p, COUNT: gl.constexpr, C: gl.constexpr):
     for _ in range(COUNT):
         if bits & 1 != 0:
             unit = number // p.nheads  # a row tile, counted through all batch elements
-            BLOCK_M: gl.constexpr = C.consumers * 64
-            _write_nothing(unit % n_tiles * BLOCK_M, unit // n_tiles, number % p.nheads, p, BLOCK_M, C)
+            _write_nothing(unit % n_tiles * (C.consumers * 64), unit // n_tiles, number % p.nheads, p, C)
         bits = bits >> 1
         number += n_programs
     return number
 
 
 @gluon.jit
-def _write_empty_parts(part, end, n_units, heads, p, C: gl.constexpr):
-    """Write the parts ``part`` to ``end``, of PART rows each, of the program's share of the tiles that see nothing: every
-    n-th of them, where there are n programs. Returns the number of the next part."""
-    PARTS: gl.constexpr = C.consumers * 64 // PART
-    while part < end:
-        number = gl.program_id(0) + part // PARTS * gl.num_programs(0)
+def _write_empty_tiles(number, end, n_units, heads, p, C: gl.constexpr):
+    """Write every n-th of the tiles that see nothing, from ``number`` to ``end``; there are n programs. Returns the
+    number of the next."""
+    while number < end:
         first_row, batch, head = empty_tile(number, n_units, heads, p)
-        _write_nothing(first_row + part % PARTS * PART, batch, head, p, PART, C)
-        part += 1
-    return part
+        _write_nothing(first_row, batch, head, p, C)
+        number += gl.num_programs(0)
+    return number
 
 
 @gluon.jit
@@ -462,10 +457,8 @@ def store_out(out_desc, sm, p, C: gl.constexpr):
         n_units = n_row_tiles(own, C) * (own.n_heads_total // heads)
         n_seen = gl.load(p.summary_ptr)
         n_empty = (n_units - n_seen) * heads
-        PARTS: gl.constexpr = C.consumers * 64 // PART
-        n_parts = (n_empty - gl.program_id(0) + (gl.num_programs(0) - 1)) // gl.num_programs(0) * PARTS
-        share = (n_units - n_seen) * PARTS // max(n_seen, 1) + 1  # beside a tile: a little more than there are to one
-        empty = 0
+        share = (n_units - 1) // max(n_seen, 1) * gl.num_programs(0)  # beside a tile: not fewer than there are to one
+        empty = gl.program_id(0)
     elif C.mode == INTERVALS:
         total = n_row_tiles(own, C) * own.n_heads_total
         empty = gl.program_id(0)
@@ -475,7 +468,7 @@ def store_out(out_desc, sm, p, C: gl.constexpr):
         buffer = t % C.q_buffers
         if C.listed:
             if t > 0:  # not while the first keys are waited for
-                empty = _write_empty_parts(empty, min(empty + share, n_parts), n_units, heads, own, C)
+                empty = _write_empty_tiles(empty, min(empty + share, n_empty), n_units, heads, own, C)
         elif C.mode == INTERVALS:  # noqa: SIM102 (one condition is the compiler's)
             if empty < total:
                 empty = _write_unseen(empty, own, 8, C)
@@ -494,7 +487,7 @@ def store_out(out_desc, sm, p, C: gl.constexpr):
         t += 1
         tile = await_card(sm, t, C)
     if C.listed:
-        _write_empty_parts(empty, n_parts, n_units, heads, own, C)
+        _write_empty_tiles(empty, n_empty, n_units, heads, own, C)
     elif C.mode == INTERVALS:
         while empty < total:
             empty = _write_unseen(empty, own, 32, C)

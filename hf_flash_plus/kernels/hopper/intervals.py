@@ -114,8 +114,8 @@ def _blocks(summary, inside):
 
 @triton.jit
 def _known_end(summary_ptr, tile, n_tiles, inside):
-    """The end of the keys of which every one is seen by some row of a tile or of the next one, from the tile's first key
-    on (if it has no gaps): V of these need not be cleaned, they are no padding. Causal tiles end within a block."""
+    """The end of the keys of which every one is seen by some row of a tile or of the next one, from the tile's first on
+    (if it has no gaps): V of these need not be cleaned, they are no padding. Causal tiles end within a block."""
     last = tl.load(summary_ptr + tile * CARD + 5, mask=inside, other=0)
     after = summary_ptr + (tile + 1) * CARD
     inside = inside & (tile + 1 < n_tiles)
@@ -132,7 +132,8 @@ def list_tiles(summary_ptr, listed_ptr, n_tiles, ROWS: tl.constexpr, CHUNK: tl.c
     The list's head says how many tiles see something; these come first, the others fill it from its end. An entry is
     the tile's summary (the end of its keys is that of ``_known_end``) with its place: its first row, its batch element
     (of the intervals), and of the tiles of that element that see something, where the first one stands, how many there
-    are, and how many blocks of keys one of them has at most. CHUNK tiles are listed at a time, COUNTED summaries of earlier batch elements asked.
+    are, and how many blocks of keys one of them has at most. CHUNK tiles are listed at a time, COUNTED summaries of
+    earlier batch elements asked.
     """
     batch, n_lists = tl.program_id(0), tl.num_programs(0)
     n_before = batch * n_tiles

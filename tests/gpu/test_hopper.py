@@ -343,6 +343,15 @@ def _holed(batch: int, seqlen: int, empty: int) -> Tensor:
     return torch.stack((torch.zeros_like(rows), ends), dim=-1).expand(batch, -1, -1).contiguous()
 
 
+def _apart(seqlen: int, first: int, width: int) -> Tensor:
+    """Causal documents. Padding is what is before ``first``, ``width`` rows and keys behind the first tile of rows (where
+    the tile's last block of keys reaches), and 20 from 290 on."""
+    rows = torch.arange(seqlen, dtype=torch.int32, device="cuda")
+    starts = torch.where(rows < 128, first, torch.where(rows < 290, 128 + width, 310))
+    seen = (rows >= starts) & ~((rows >= 290) & (rows < 310))
+    return torch.stack((torch.where(seen, starts, 0), torch.where(seen, rows + 1, 0)), dim=-1)[None].to(torch.int32)
+
+
 #: Masks that leave tiles which see nothing, and another one of the same shape: (batch, heads, key heads, masks).
 LISTS: dict[str, tuple[int, int, int, Callable[[], tuple[Tensor, Tensor]]]] = {
     "padded": (6, 4, 2, lambda: (_padded([700, 130, 0, 64, 699, 1], 700), _padded([0, 0, 700, 5, 256, 512], 700))),
@@ -357,6 +366,7 @@ LISTS: dict[str, tuple[int, int, int, Callable[[], tuple[Tensor, Tensor]]]] = {
         64, 16, 4, lambda: (_padded([i * 37 % 101 for i in range(64)], 100), _padded([0, 50] * 32, 100)),
     ),
     "holes": (2, 4, 2, lambda: (_holed(2, 900, 1), torch.cat((_holed(1, 900, 0), _holed(1, 900, 2))))),
+    "padding between documents": (1, 4, 2, lambda: (_apart(700, 5, 12), _apart(700, 60, 100))),
     # More key heads than are in flight together at head dimensions 128 and 256.
     "sections of heads": (2, 40, 20, lambda: (_padded([1800, 700], 1800), _padded([0, 1500], 1800, left=True))),
     "most of it empty": (

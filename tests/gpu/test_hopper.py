@@ -344,8 +344,8 @@ def _holed(batch: int, seqlen: int, empty: int) -> Tensor:
 
 
 def _apart(seqlen: int, first: int, width: int) -> Tensor:
-    """Causal documents. Padding is what is before ``first``, ``width`` rows and keys behind the first tile of rows (where
-    the tile's last block of keys reaches), and 20 from 290 on."""
+    """Causal documents. Padding is what is before ``first``, ``width`` rows and keys behind the first tile of rows
+    (where the tile's last block of keys reaches), and 20 from 290 on."""
     rows = torch.arange(seqlen, dtype=torch.int32, device="cuda")
     starts = torch.where(rows < 128, first, torch.where(rows < 290, 128 + width, 310))
     seen = (rows >= starts) & ~((rows >= 290) & (rows < 310))

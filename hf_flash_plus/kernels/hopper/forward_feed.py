@@ -59,11 +59,18 @@ def _write_nothing(first_row, batch, head, p, C: gl.constexpr):
             write_zeros(p.out_ptr + at, row < end)
             at += step
             row += ROWS
+    _write_no_sum(first_row, batch, head, p, C)
+
+
+@gluon.jit
+def _write_no_sum(first_row, batch, head, p, C: gl.constexpr):
+    """The log-sum-exp of a tile whose rows see no keys: minus infinity, or the head's sink."""
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     value = float("-inf")
     if C.sinks:
         value = gl.load(p.sinks_ptr + head * p.sinks_stride).to(gl.float32)
     base = p.lse_ptr + (batch * p.nheads + head).to(gl.int64) * p.seqlen_q
-    for part in range(BLOCK_M // 32):
+    for part in range(C.consumers * 2):
         row = first_row + part * 32 + gl.arange(0, 32, flat)
         gl.store(base + row, gl.full([32], value, gl.float32, flat), mask=row < p.seqlen_q)
 
@@ -92,13 +99,29 @@ def _write_unseen(number, p, COUNT: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _write_empty_tiles(number, end, n_units, heads, p, C: gl.constexpr):
+def _send_empty_tiles(out_desc, sm, at, number, end, n_units, heads, p, C: gl.constexpr):
     """Write every n-th of the tiles that see nothing, from ``number`` to ``end``; there are n programs. Returns the
-    number of the next."""
+    number of the next.
+
+    Their O is sent from zeros in the buffer ``at``, whose own O is sent and whose next Q is not yet asked for: stores
+    of this warp's own, 64 for each of its threads, take it longer.
+    """
+    CONSUMERS: gl.constexpr = C.consumers
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C.v_dim, C.v_dim // 8], [1, 1], [1, 0])
+    nothing = sm.out.index(at * C.out_step)
+    memory = nothing.reshape([64, C.v_dim])
+    for group in gl.static_range(8):
+        memory.slice(group * 8, 8, dim=0).store(gl.full([8, C.v_dim], 0.0, out_desc.dtype, layout))
+    fence_async_shared()
     while number < end:
         first_row, batch, head = empty_tile(number, n_units, heads, p)
-        _write_nothing(first_row, batch, head, p, C)
+        for w in gl.static_range(CONSUMERS):
+            row = first_row + w * 64
+            if row < p.seqlen_q:
+                tma_store(out_desc, [batch, row, head, 0], nothing)
+        _write_no_sum(first_row, batch, head, p, C)
         number += gl.num_programs(0)
+    tma.store_wait(0)
     return number
 
 
@@ -357,7 +380,8 @@ def load_q(q_desc, sm, p, C: gl.constexpr):
 
 @gluon.jit
 def clean_v(v_rows, stage, first_key, last, tile, gaps, p, C: gl.constexpr):
-    """Zero the rows of a V block that no row of the tile sees: their memory may hold NaN, and 0 * NaN is NaN.
+    """Zero the rows of a V block that no row of the tile, or of the next one, sees: their memory may hold NaN, and
+    0 * NaN is NaN.
 
     ``v_rows`` is V's memory in pieces of 8 rows by 64 columns, which are contiguous; in a block, pieces of the same
     columns follow one another. Without gaps keys before ``last`` are seen (by the tile, or a row after it); with gaps
@@ -441,8 +465,8 @@ def load_v(v_desc, sm, p, C: gl.constexpr, PIECE: gl.constexpr):
 
 @gluon.jit
 def store_out(out_desc, sm, p, C: gl.constexpr):
-    """One warp: sends each finished O, then frees the buffer for the next Q. With row intervals it looks for tiles that
-    see nothing, some while each tile is computed, so that their bytes go out beside all products, and writes them."""
+    """One warp: sends each finished O, then frees the buffer for the next Q. With row intervals it also writes tiles
+    that see nothing, some beside each tile that is computed; those of a list behind its O, from the same buffer."""
     CONSUMERS: gl.constexpr = C.consumers
     own = p
     if C.mode == INTERVALS and not C.copied:
@@ -466,10 +490,7 @@ def store_out(out_desc, sm, p, C: gl.constexpr):
     tile = await_card(sm, 0, C)
     while tile.n_blocks >= 0:
         buffer = t % C.q_buffers
-        if C.listed:
-            if t > 0:  # not while the first keys are waited for
-                empty = _write_empty_tiles(empty, min(empty + share, n_empty), n_units, heads, own, C)
-        elif C.mode == INTERVALS:  # noqa: SIM102 (one condition is the compiler's)
+        if C.mode == INTERVALS and not C.listed:  # noqa: SIM102 (one condition is the compiler's)
             if empty < total:
                 empty = _write_unseen(empty, own, 8, C)
         for w in gl.static_range(CONSUMERS):
@@ -482,12 +503,18 @@ def store_out(out_desc, sm, p, C: gl.constexpr):
             if row < p.seqlen_q:
                 tma_store(out_desc, [tile.batch, row, tile.head, 0], sm.out.index(at * C.out_step))
         tma.store_wait(0)
+        if C.listed:
+            end = min(empty + share, n_empty)
+            if empty < end:
+                empty = _send_empty_tiles(out_desc, sm, buffer * C.consumers, empty, end, n_units, heads, own, C)
         for w in gl.static_range(CONSUMERS):
             mbarrier.arrive(sm.q_empty.index(buffer * C.consumers + w), count=1)
         t += 1
         tile = await_card(sm, t, C)
     if C.listed:
-        _write_empty_tiles(empty, n_empty, n_units, heads, own, C)
+        if empty < n_empty:  # nothing is loaded any more
+            buffer = (t + C.q_buffers - 1) % C.q_buffers
+            _send_empty_tiles(out_desc, sm, buffer * C.consumers, empty, n_empty, n_units, heads, own, C)
     elif C.mode == INTERVALS:
         while empty < total:
             empty = _write_unseen(empty, own, 32, C)

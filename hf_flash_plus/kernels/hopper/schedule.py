@@ -36,7 +36,8 @@ TILE, N_BLOCKS, N_END, N_BEGIN, FIRST, LAST, GAPS = (gl.constexpr(i) for i in ra
 
 #: A card has these fields (N_BLOCKS is -1 after the last tile; for TILE, with row intervals, whether some rows see
 #: nothing), the tile's place, and from WHOLE on, by warpgroup, the keys [first, last) that all of its rows see that see
-#: anything. Summaries of row intervals leave the place out; in a list BATCH is that of the intervals, HEAD is not used.
+#: anything. Summaries of row intervals leave the place out; in a list BATCH is that of the intervals, HEAD is not used,
+#: and LAST may be the next tile's (``intervals.list_tiles``).
 CARD = gl.constexpr(config.CARD)
 SOME_EMPTY = gl.constexpr(0)
 ROW, BATCH, HEAD, WHOLE = (gl.constexpr(i) for i in range(7, 11))

@@ -87,6 +87,19 @@ class AttentionMask:
 FULL = AttentionMask()
 CAUSAL = AttentionMask(causal=True)
 
+_OWN = "_hf_flash_plus_own"
+
+
+def own(mask: AttentionMask) -> AttentionMask:
+    """Say of a mask that its tensors are this package's, whom nobody else writes to; returns it."""
+    object.__setattr__(mask, _OWN, True)
+    return mask
+
+
+def is_own(mask: AttentionMask) -> bool:
+    """Whether that was said."""
+    return _OWN in mask.__dict__
+
 
 def visible(mask: AttentionMask, seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor | None:
     """The mask as booleans ``(batch or 1, nheads or 1, seqlen_q, seqlen_k)``, True where a row sees a key.

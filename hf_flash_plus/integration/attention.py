@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops, settings
 from ..inputs import AttentionInputs, describe, validate
-from ..interval_cache import capturing, share
-from ..masks import (
-    AttentionMask,
-    document_intervals,
-    intersect_intervals,
-    key_mask_intervals,
-    varlen_mask,
-    visible,
-    with_intervals,
-)
-from . import carrier, continuous, decoding
+from ..masks import AttentionMask, key_mask_intervals, visible, with_intervals
+from . import carrier, continuous, decoding, packing
 
 NAME = "flash_plus"
-_MEMO = "_hf_flash_plus_memo"
 
 
 def flash_plus_attention(
@@ -108,9 +98,9 @@ def flash_plus_attention(
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
         mask = _flags(bool(causal), sliding_window)
         if kwargs.get("cu_seq_lens_q") is not None:
-            mask = _packed(mask, query, key, kwargs)
+            mask = packing.by_lengths(mask, query, key, kwargs)
         elif causal:
-            mask = _by_positions(mask, query, key, kwargs.get("position_ids"))
+            mask = packing.by_positions(mask, query, key, kwargs.get("position_ids"))
     else:
         mask = _understand(attention_mask, module, query, key, is_causal, sliding_window, kwargs)
     if position_bias is not None:
@@ -170,16 +160,16 @@ def _understand(
     """Any mask that can reach an attention call, as an :class:`AttentionMask`."""
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if carrier.is_carrier(attention_mask):
-        carried = carrier.decode(attention_mask, seqlen_q, seqlen_k)
-        return _split_documents(carried, query, key, kwargs) if carried.one_document else carried.mask
+        return packing.documents(carrier.decode(attention_mask, seqlen_q, seqlen_k), query, key, kwargs)
     if attention_mask.dim() == 4 and (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
         bias = attention_mask[..., :seqlen_k]
         if bias.dtype == torch.bool and seqlen_q == 1 and bias.shape[1] == 1 and bias.shape[2] == 1:
             return AttentionMask(key_mask=bias[:, 0, 0, :])  # one row: a dense mask is a key mask
-        return AttentionMask(bias=bias)
+        return packing.by_lengths(AttentionMask(bias=bias), query, key, kwargs)
     if attention_mask.dim() == 2:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
-        return _padding(attention_mask, _flags(bool(causal), sliding_window), seqlen_q, seqlen_k)
+        padded = _padding(attention_mask, _flags(bool(causal), sliding_window), seqlen_q, seqlen_k)
+        return packing.by_lengths(padded, query, key, kwargs)
     raise ValueError(
         f"attn_implementation='flash_plus' got an attention_mask of {describe(attention_mask)}; it takes 4-D boolean "
         "masks (True is visible), 4-D floating masks (added to the scores), and 2-D padding masks (batch, seqlen_k)."
@@ -195,121 +185,6 @@ def _padding(attention_mask: Tensor, flags: AttentionMask, seqlen_q: int, seqlen
     intervals = torch.stack((first, last), dim=-1)[:, None, :].expand(-1, seqlen_q, -1)
     mask = AttentionMask(flags.causal, flags.window, intervals, key_mask, holes)
     return with_intervals(mask, seqlen_q, seqlen_k, attention_mask.device)
-
-
-def _split_documents(carried: carrier.Carried, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> AttentionMask:
-    """Keep packed documents apart where the mask function could not.
-
-    Transformers looks for packed ``position_ids`` only without a cache object; with one (``use_cache=True``, the
-    default), and in models that do not hand them to the mask function (gpt_oss), its eager attention lets the
-    documents of a row see each other. Nobody who packs documents wants that, Transformers' own flash path does not do
-    it, and the output of a model must not depend on whether it also returns a cache. So the reference here is each
-    document alone. ``cu_seq_lens_q`` says the same in flattened batches.
-    """
-    mask = carried.mask
-    if kwargs.get("cu_seq_lens_q") is not None:
-        return _packed(mask, query, key, kwargs)
-    position_ids = kwargs.get("position_ids")
-    if (
-        not isinstance(position_ids, Tensor)
-        or position_ids.dim() != 2
-        or position_ids.shape[1] != query.shape[2]
-        or position_ids.shape[0] not in (1, query.shape[0])
-    ):
-        return mask
-    if torch.compiler.is_compiling() or carried.repack is None:
-        # Compiled code never looks at values: it keeps the intervals, which say nothing new for a single document.
-        mask = with_intervals(mask, query.shape[2], key.shape[2], query.device)
-        assert mask.row_intervals is not None
-        documents = document_intervals(position_ids).to(query.device)
-        return replace(mask, row_intervals=intersect_intervals(mask.row_intervals, documents))
-    repacked = _repacked(carried, position_ids)
-    return mask if repacked is None else repacked
-
-
-def _by_positions(mask: AttentionMask, query: Tensor, key: Tensor, position_ids: Any) -> AttentionMask:
-    """A causal mask that came as flags alone, with the documents that ``position_ids`` tell apart.
-
-    Models always bring a mask. What drops it are engines that gather sequences between the model and attention
-    (DeepSpeed's Ulysses), with ``position_ids`` as their only word on documents; they bring new ones to each layer, so
-    that looking whether there is more than one document would wait for the device each time.
-    """
-    seqlen = query.shape[2]
-    if not isinstance(position_ids, Tensor) or seqlen == 1 or seqlen != key.shape[2]:
-        return mask
-    if position_ids.dim() != 2 or position_ids.shape[1] != seqlen or position_ids.shape[0] not in (1, query.shape[0]):
-        return mask
-    mask = with_intervals(mask, seqlen, seqlen, query.device)
-    assert mask.row_intervals is not None
-    documents = document_intervals(position_ids).to(query.device)
-    return replace(mask, row_intervals=intersect_intervals(mask.row_intervals, documents))
-
-
-def _repacked(carried: carrier.Carried, position_ids: Tensor) -> AttentionMask | None:
-    """The mask of packed documents; None where each row is one document.
-
-    Asked once per forward and mask (every layer gets the same tensors), with one look at the device, as Transformers
-    itself looks without a cache.
-    """
-    made_at = carrier.version(position_ids)
-    memo: _Documents | None = getattr(position_ids, _MEMO, None)
-    if memo is None or memo.made_at != made_at:
-        packed = bool((position_ids[:, 1:] - position_ids[:, :-1] != 1).any())
-        memo = _Documents(made_at, packed, [])
-        setattr(position_ids, _MEMO, memo)
-    if not memo.packed:
-        return None
-    for known, mask in memo.masks:
-        if known is carried:
-            return mask
-    assert carried.repack is not None
-    mask = carried.repack(position_ids)
-    if mask.row_intervals is not None:
-        share(mask.row_intervals)
-    memo.masks.append((carried, mask))
-    return mask
-
-
-class _Documents(NamedTuple):
-    """What is remembered with a ``position_ids`` tensor, valid while the tensor is not changed in place."""
-
-    made_at: int | None
-    packed: bool
-    masks: list[tuple[carrier.Carried, AttentionMask]]
-
-
-def _packed(mask: AttentionMask, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> AttentionMask:
-    """The mask of a flattened batch of 1, whose sequences ``cu_seq_lens_q`` and ``cu_seq_lens_k`` tell."""
-    cu_q, cu_k = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
-    if not isinstance(cu_q, Tensor):
-        raise ValueError(f"cu_seq_lens_q must be a tensor, got {type(cu_q).__name__}.")
-    cu_k = cu_k if isinstance(cu_k, Tensor) else cu_q
-    if query.shape[0] != 1:
-        raise ValueError(
-            f"cu_seq_lens_q describes one flattened row, but the batch is {query.shape[0]}; flatten the batch "
-            "(DataCollatorWithFlattening), or pass position_ids that restart at every document."
-        )
-    memo_key: tuple[object, ...] = (mask.causal, mask.window, query.shape[2], carrier.version(cu_q))
-    memo = None
-    if not torch.compiler.is_compiling():
-        memo_key += (capturing(cu_q),)
-        memo = getattr(cu_q, _MEMO, None)
-    if memo is not None and memo[0] == memo_key:
-        result: AttentionMask = memo[1]
-        return result
-    result = varlen_mask(
-        cu_q.to(query.device, torch.int32),
-        cu_k.to(query.device, torch.int32),
-        query.shape[2],
-        causal=mask.causal,
-        window=mask.window,
-    )
-    result = replace(result, row_positions=None)
-    if not torch.compiler.is_compiling():
-        if result.row_intervals is not None:
-            share(result.row_intervals)
-        setattr(cu_q, _MEMO, (memo_key, result))
-    return result
 
 
 def _with_bias(mask: AttentionMask, position_bias: Tensor, seqlen_q: int, seqlen_k: int) -> AttentionMask:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..interval_cache import share
-from ..masks import AttentionMask, intersect_intervals, window_intervals, with_intervals
+from ..masks import AttentionMask, intersect_intervals, own, window_intervals, with_intervals
 from ..providers.base import DecodingTicket
 
 ATTRIBUTE = "_hf_flash_plus_mask"
@@ -38,11 +38,12 @@ class Carried:
     Attributes:
         mask: the decoded mask.
         one_document: the mask takes each row for one document (it is causal, perhaps windowed or chunked, over the
-            keys of an empty cache); packed documents may still have to be told apart (see ``attention.py``).
+            keys of an empty cache); packed documents may still have to be told apart (see ``packing.py``).
         repack: makes the same mask for packed ``position_ids``; None where only an intersection is left to do.
         row_ends: ``(batch,)``: rows from here on are padding that sees nothing; None where there are none such.
         n_rows: the sum of ``row_ends``, where it is known on the host.
         tickets: of decoding steps with this mask (see ``decoding.py``).
+        documents: tensors that tell packed documents apart, their versions, and this mask with them (``packing.py``).
     """
 
     mask: AttentionMask
@@ -51,6 +52,7 @@ class Carried:
     row_ends: Tensor | None = None
     n_rows: int | None = None
     tickets: dict[tuple[object, ...], DecodingTicket] = field(default_factory=dict)
+    documents: list[tuple[tuple[Tensor, ...], tuple[int | None, ...], AttentionMask]] = field(default_factory=list)
 
 
 def _columns(seqlen_q: int, seqlen_k: int) -> int:
@@ -92,6 +94,7 @@ def encode(intervals: Tensor, key_mask: Tensor | None, key_holes: Tensor | None,
 
 def attach(carrier: Tensor, carried: Carried) -> Tensor:
     """The carrier itself, with what it holds riding along."""
+    own(carried.mask)
     if carried.mask.row_intervals is not None:
         share(carried.mask.row_intervals)
     setattr(carrier, ATTRIBUTE, (carried, version(carrier)))
@@ -139,10 +142,13 @@ def decode(carrier: Tensor, seqlen_q: int, seqlen_k: int) -> Carried:
     # One row stands for all, as a dense mask of one row does (models that make a mask from a single embedding).
     n_rows, columns = carrier.shape[2], carrier.shape[-1]
     expected = 3 + _columns(n_rows, seqlen_k)
-    if carrier.shape[1] != 1 or n_rows not in (1, seqlen_q) or columns not in (2, expected):
+    # (No `in`: torch.compile does not trace it with symbolic lengths.)
+    describes = (n_rows == 1 or n_rows == seqlen_q) and (columns == 2 or columns == expected)
+    if carrier.shape[1] != 1 or not describes or _is_foreign(carrier):
         raise ValueError(
-            f"the attention mask made for attn_implementation='flash_plus' has shape {tuple(carrier.shape)}, which "
-            f"does not describe {seqlen_q} queries and {seqlen_k} keys: the model reshaped it on the way; use "
+            f"an int32 attention mask of shape {tuple(carrier.shape)} came for {seqlen_q} queries and {seqlen_k} keys. "
+            "A mask of your own has to be boolean (True is visible) or floating (added to the scores). If none is your "
+            "own, the model has reshaped the one made for attn_implementation='flash_plus': use "
             "attn_implementation='sdpa' or 'eager' for it and report the model."
         )
     rows = carrier[:, 0]
@@ -154,6 +160,15 @@ def decode(carrier: Tensor, seqlen_q: int, seqlen_k: int) -> Carried:
     key_mask = bits.flatten(1)[:, :seqlen_k].bool()
     mask = AttentionMask(row_intervals=intervals, key_mask=key_mask, key_holes=rows[:, 0, 2].contiguous())
     return Carried(mask)
+
+
+def _is_foreign(carrier: Tensor) -> bool:
+    """Whether an int32 mask that nothing rides along with is somebody's zeros and ones: where there are several keys, a
+    carrier has rows that see more than the first. (Not asked of carriers that cannot be mistaken, nor in compiled
+    code.)"""
+    if torch.compiler.is_compiling() or carrier.shape[-1] == 2 or type(carrier) is not Tensor or carrier.is_meta:
+        return False
+    return bool(((carrier == 0) | (carrier == 1)).all())
 
 
 def restricted(

@@ -221,13 +221,19 @@ def _dense(arguments: dict[str, Any]) -> Tensor | None:
 
 def _one_token(device: torch.device) -> Tensor:
     """The carrier of one query row that sees every key, made once per device: the mask of most decoding steps."""
-    found = _one_token_carriers.get(device)
+    pretending = _modes_above() > 0  # FakeTensorMode and its like: what they make is of no use outside, nor the reverse
+    found = None if pretending else _one_token_carriers.get(device)
     if found is None or getattr(found, "_version", 0) != 0:
         with torch.inference_mode(False):
             intervals = torch.tensor([[[0, TO_LAST_KEY]]], dtype=torch.int32, device=device)
             found = carrier.encode(intervals, None, None, carrier.Carried(CAUSAL))
-        _one_token_carriers[device] = found
+        if not pretending:
+            _one_token_carriers[device] = found
     return found
+
+
+#: How many of torch's dispatch modes are on. A private function, which has been there since torch 2.0.
+_modes_above: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 def _launches_on(device: torch.device) -> bool:
@@ -345,19 +351,18 @@ def flash_plus_mask(
         return _dense(arguments)
     intervals = _intervals(spans, index, kv_length, kv_offset)
     if attention_mask is None:
-        mask = flags if flags is not None else AttentionMask(row_intervals=intervals)
+        if aligned and not compiling:
+            return _unpadded(mask_function, intervals, kv_length)
         one_document = aligned and q_length == kv_length > 1 and _one_document(mask_function)
-        repack = partial(_repacked, mask_function) if one_document and not compiling else None
-        return carrier.encode(intervals, None, None, carrier.Carried(mask, one_document, repack))
+        carried = carrier.Carried(AttentionMask(row_intervals=intervals), one_document)
+        return carrier.encode(intervals, None, None, carried)
     key_mask = _local_padding(attention_mask, kv_length, kv_offset)
     first, last, holes = key_mask_intervals(key_mask)
     has_holes, n_rows, row_ends = True, None, None
-    if not compiling and q_length > 1 and _may_look(device):
+    if not compiling and q_length > 1 and _may_look(attention_mask, device):
         has_holes, has_padding, n_rows = _look(first, last, holes, kv_length)
         if not has_padding and aligned:
-            flags = _flags(mask_function)
-            mask = flags if flags is not None else AttentionMask(row_intervals=intervals)
-            return carrier.encode(intervals, None, None, carrier.Carried(mask))
+            return _unpadded(mask_function, intervals, kv_length)
     padding = torch.stack((first, last), dim=-1)[:, None, :]
     intervals = intersect_intervals(intervals, padding)
     if aligned and q_length == kv_length and skips_padded_rows(config):
@@ -373,12 +378,24 @@ def flash_plus_mask(
     return carrier.encode(intervals, key_mask, holes, carrier.Carried(mask, row_ends=row_ends))
 
 
-#: Where a look at the padding pays: it lets the fastest kernels serve, those without a mask over the keys.
-LOOK_AT_PADDING = frozenset({"cuda"})
+def _unpadded(mask_function: Callable[..., Any], intervals: Tensor, kv_length: int) -> Tensor:
+    """The carrier of a mask without padding whose last row is that of the last key, made outside of compiled code."""
+    flags = _flags(mask_function)
+    mask = flags if flags is not None else AttentionMask(row_intervals=intervals)
+    one_document = intervals.shape[1] == kv_length > 1 and _one_document(mask_function)
+    repack = partial(_repacked, mask_function) if one_document else None
+    return carrier.encode(intervals, None, None, carrier.Carried(mask, one_document, repack))
 
 
-def _may_look(device: torch.device) -> bool:
-    return device.type in LOOK_AT_PADDING and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+#: Where a look at the padding pays: it lets the fastest kernels serve, those without a mask over the keys, and tells a
+#: mask of ones from padding, so that packed documents beside it are kept apart.
+LOOK_AT_PADDING = frozenset({"cuda", "cpu"})
+
+
+def _may_look(attention_mask: Tensor, device: torch.device) -> bool:
+    if device.type not in LOOK_AT_PADDING or type(attention_mask) is not Tensor:  # a FakeTensor has no values
+        return False
+    return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _look(first: Tensor, last: Tensor, holes: Tensor, kv_length: int) -> tuple[bool, bool, int]:

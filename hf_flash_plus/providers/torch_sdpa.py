@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import DTYPES, MAX_GRID, AttentionInputs, CallSignature
-from ..masks import additive, visible
+from ..masks import additive, is_own, visible
 from .base import ALL_FEATURES, AttentionOutput, Provider, torch_is_deterministic
 from .reference import alibi_bias, row_sinks
 
@@ -259,14 +259,27 @@ def _remembered_visible(inputs: AttentionInputs) -> Tensor | None:
     plain = mask.row_intervals is None and mask.key_mask is None and mask.bias is None and not mask.windowed
     if plain and (not mask.causal or inputs.seqlen_q == 1):
         return None  # full; the last row of a bottom-right causal mask sees every key, too
-    if torch.compiler.is_compiling():
-        return visible(mask, inputs.seqlen_q, inputs.seqlen_k, inputs.query.device)
-    key = (inputs.seqlen_q, inputs.seqlen_k)
+    lengths, device = (inputs.seqlen_q, inputs.seqlen_k), inputs.query.device
+    if torch.compiler.is_compiling() or not _countable(inputs):
+        return visible(mask, *lengths, device)
+    parts = (mask.row_intervals, mask.key_mask, mask.bias)
+    key = (*lengths, device, *(None if part is None or part.is_inference() else part._version for part in parts))
     memo = mask.__dict__.get(_MEMO)
     if memo is None or memo[0] != key:
-        memo = (key, visible(mask, *key, inputs.query.device))
+        memo = (key, visible(mask, *lengths, device))
         object.__setattr__(mask, _MEMO, memo)
     return memo[1]
+
+
+def _countable(inputs: AttentionInputs) -> bool:
+    """Whether what is worked out from a mask may be kept with it: the call's tensors are plain ones (a FakeTensor's
+    mask must not serve others, nor the reverse), and torch counts their changes in place, or they are our own
+    (``torch.inference_mode`` counts nothing, but nobody else knows those)."""
+    mask = inputs.mask
+    if type(inputs.query) not in (Tensor, torch.nn.Parameter):
+        return False
+    uncounted = [t for t in (mask.row_intervals, mask.key_mask, mask.bias) if t is not None and t.is_inference()]
+    return not uncounted or is_own(mask)
 
 
 def _append_sink(

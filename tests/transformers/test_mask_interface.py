@@ -181,10 +181,26 @@ def test_mask_modified_in_place_is_refused() -> None:
 
 def test_reshaped_mask_is_refused() -> None:
     _, ours, _ = both(CAUSAL, pads("left"))
-    with pytest.raises(ValueError, match="reshaped it on the way"):
+    with pytest.raises(ValueError, match="the model has reshaped the one made"):
         carrier.decode(ours[:, :, :5].clone(), LENGTH, LENGTH)
-    with pytest.raises(ValueError, match="reshaped it on the way"):
-        carrier.decode(ours[..., :3].clone(), LENGTH, LENGTH)
+    with pytest.raises(ValueError, match="the model has reshaped the one made"):
+        carrier.decode(ours[..., :1].clone(), LENGTH, LENGTH)
+
+
+@pytest.mark.parametrize("length", [4, 12])
+def test_int32_masks_of_zeros_and_ones_are_refused(length: int) -> None:
+    """One of four keys has the shape of a carrier."""
+    mine = torch.tril(torch.ones(length, length, dtype=torch.int32))[None, None]
+    with pytest.raises(ValueError, match=r"A mask of your own has to be boolean \(True is visible\) or floating"):
+        carrier.decode(mine, length, length)
+
+
+def test_copied_carriers_are_not_taken_for_them() -> None:
+    holes = torch.ones(2, LENGTH, dtype=torch.bool)
+    holes[:, 3] = False
+    _, ours, _ = both(CAUSAL, holes)
+    assert ours.shape[-1] > 2
+    carrier.decode(ours.clone(), LENGTH, LENGTH)
 
 
 def test_short_sequences_get_dense_masks() -> None:

@@ -139,7 +139,6 @@ def test_not_for_other_tensors(change: Any, device: Device) -> None:
         {"s_aux": torch.zeros(4)},
         {"position_bias": torch.zeros(1, 4, 1, SEQLEN_K)},
         {"output_attentions": True},
-        {"cu_seq_lens_q": torch.tensor([0, 1], dtype=torch.int32)},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -147,6 +146,14 @@ def test_not_for_other_calls(options: dict[str, Any], device: Device) -> None:
     mask, tensors = _carrier(), _tensors()
     compiled = _ticket(mask, tensors, device)
     _call(mask, tensors, **options)
+    assert compiled.launches == []
+
+
+def test_not_for_lengths_of_another_batch(device: Device) -> None:
+    mask, tensors = _carrier(), _tensors()
+    compiled = _ticket(mask, tensors, device)
+    with pytest.raises(ValueError, match="describes one flattened row, but the batch is"):
+        _call(mask, tensors, cu_seq_lens_q=torch.tensor([0, 1], dtype=torch.int32))
     assert compiled.launches == []
 
 

@@ -1,0 +1,194 @@
+"""Packed documents: each is computed as if it were alone, whatever else comes with them, and nothing stale serves."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hf_flash_plus import AttentionMask, attention
+from hf_flash_plus.integration.attention import flash_plus_attention
+
+from .tiny import build, ids
+
+X = ids(1, 12)
+POSITIONS = torch.cat([torch.arange(5), torch.arange(7)])[None]
+
+
+def lengths(first: int = 5) -> dict[str, Any]:
+    cu = torch.tensor([0, first, 12], dtype=torch.int32)
+    return dict(cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=12, max_length_k=12)
+
+
+def alone(name: str, first: int = 5, **config: Any) -> torch.Tensor:
+    eager = build(name, "eager", **config)
+    return torch.cat([eager(X[:, :first]).logits, eager(X[:, first:]).logits], dim=1)
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("ones", [False, True], ids=["no mask", "mask of ones"])
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+def test_decoders(name: str, told_by: str, ones: bool, use_cache: bool) -> None:
+    said: dict[str, Any] = dict(position_ids=POSITIONS) | (lengths() if told_by == "cu_seq_lens" else {})
+    if ones:
+        said["attention_mask"] = torch.ones_like(X)
+    assert_close(build(name, "flash_plus")(X, use_cache=use_cache, **said).logits, alone(name))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_encoders(name: str) -> None:
+    assert_close(build(name, "flash_plus")(X, position_ids=POSITIONS, **lengths()).logits, alone(name))
+
+
+@torch.no_grad()
+def test_chunks_are_counted_within_each_document() -> None:
+    """Llama 4, documents longer than a chunk, told by lengths alone."""
+    for use_cache in (False, True):
+        got = build("llama4", "flash_plus")(X, position_ids=POSITIONS, use_cache=use_cache, **lengths()).logits
+        assert_close(got, alone("llama4"))
+    assert build("llama4", "eager").config.attention_chunk_size < 12
+
+
+@torch.no_grad()
+def test_lengths_beside_a_dense_mask() -> None:
+    """A user's own: the keys of other documents are taken away from it."""
+    dense = torch.tril(torch.ones(12, 12, dtype=torch.bool))[None, None]
+    assert_close(
+        build("llama", "flash_plus")(X, position_ids=POSITIONS, attention_mask=dense, **lengths()).logits,
+        alone("llama"),
+    )
+    additive = torch.zeros(1, 1, 12, 12).masked_fill(~dense, float("-inf"))
+    got = build("llama", "flash_plus")(X, position_ids=POSITIONS, attention_mask=additive, **lengths()).logits
+    assert_close(got, alone("llama"))
+
+
+@pytest.mark.parametrize(
+    "cu,why",
+    [
+        (torch.tensor([5, 12]), "must begin with 0 and never fall"),
+        (torch.tensor([0, 7, 5, 12]), "must begin with 0 and never fall"),
+        (torch.tensor([0, 13]), "ends at 13, but the row has 12 tokens"),
+        (torch.tensor([0.0, 12.0]), "must be integers of shape"),
+        (torch.tensor([[0, 12]]), "must be integers of shape"),
+        ([0, 12], "must be a tensor, got list"),
+    ],
+    ids=str,
+)
+def test_lengths_that_do_not_describe_the_row(cu: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        build("llama", "flash_plus")(X, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=12, max_length_k=12)
+
+
+@torch.inference_mode()
+def test_buffers_that_are_filled_anew() -> None:
+    """In inference mode torch counts no changes."""
+    model, want = build("llama", "flash_plus"), alone("llama")
+    positions = torch.arange(12)[None].clone()
+    model(X, position_ids=positions)
+    positions.copy_(POSITIONS)
+    assert_close(model(X, position_ids=positions).logits, want)
+    said = lengths(7)
+    model(X, position_ids=positions, **said)
+    said["cu_seq_lens_q"][1] = 5
+    assert_close(model(X, position_ids=positions, **said).logits, want)
+
+
+def test_other_lengths_of_the_keys() -> None:
+    module = torch.nn.Module()
+    module.is_causal = True
+    key, query = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 2, 8)
+    cu_q = torch.tensor([0, 1, 2], dtype=torch.int32)
+
+    def call(cu_k: torch.Tensor, cu_q: torch.Tensor) -> torch.Tensor:
+        cut = key[:, :, : int(cu_k[-1])]
+        return flash_plus_attention(module, query, cut, cut, None, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k)[0]
+
+    call(torch.tensor([0, 3, 6], dtype=torch.int32), cu_q)
+    other = torch.tensor([0, 4, 9], dtype=torch.int32)
+    assert torch.equal(call(other, cu_q), call(other, cu_q.clone()))
+
+
+@pytest.mark.parametrize("part", ["row_intervals", "key_mask"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_masks_changed_in_place(part: str, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        q, k, v = torch.randn(3, 1, 4, 2, 8).unbind(0)
+        if part == "row_intervals":
+            tensor = torch.tensor([[[0, 2]] * 4], dtype=torch.int32)
+            mask = AttentionMask(row_intervals=tensor)
+        else:
+            tensor = torch.tensor([[True, True, False, False]])
+            mask = AttentionMask(causal=True, key_mask=tensor)
+        attention(q, k, v, mask)
+        tensor[..., 1 if part == "row_intervals" else 2] = 4
+        again = AttentionMask(mask.causal, mask.window, mask.row_intervals, mask.key_mask)
+        assert torch.equal(attention(q, k, v, mask), attention(q, k, v, again))
+
+
+@torch.no_grad()
+def test_nothing_stays_with_the_batch() -> None:
+    """The same tensors in every step: nothing is kept with them, so that they can be saved and loaded."""
+    model, said = build("llama", "flash_plus"), dict(position_ids=POSITIONS.clone(), **lengths())
+    sizes = []
+    for _ in range(3):
+        model(X, **said)
+        model(X, position_ids=said["position_ids"])
+        buffer = io.BytesIO()
+        torch.save([said["position_ids"], said["cu_seq_lens_q"]], buffer)
+        sizes.append(buffer.tell())
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    assert len(set(sizes)) == 1
+    assert not vars(said["position_ids"]) and not vars(said["cu_seq_lens_q"])
+
+
+@torch.no_grad()
+def test_a_dry_run_leaves_nothing_behind() -> None:
+    """FakeTensorMode: what it makes must not serve a real model, nor the reverse."""
+    config = build("llama", "flash_plus").config
+
+    def chunks(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        cache = model(tokens[:, :7], attention_mask=torch.ones(2, 7, dtype=torch.long)).past_key_values
+        model(tokens[:, 7:11], past_key_values=cache)
+        return model(tokens[:, 11:], past_key_values=cache).logits  # one token: the mask that is made once
+
+    for _ in range(2):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = tf.LlamaForCausalLM._from_config(config, attn_implementation="flash_plus")
+            chunks(fake, torch.zeros(2, 12, dtype=torch.long))
+        assert type(chunks(build("llama", "flash_plus"), ids(2, 12))) is torch.Tensor
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", [False, True])
+def test_on_meta(mask: bool) -> None:
+    with torch.device("meta"):
+        model = tf.LlamaForCausalLM._from_config(build("llama", "flash_plus").config, attn_implementation="flash_plus")
+        tokens = torch.zeros(2, 6, dtype=torch.long)
+        said = dict(attention_mask=torch.ones(2, 6, dtype=torch.long)) if mask else {}
+    assert model(tokens, **said).logits.is_meta
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name,config", [("llama", {"is_causal": False}), ("llama", {})], ids=["bidirectional", "causal"]
+)
+def test_compiled(name: str, config: dict[str, Any]) -> None:
+    """Compiled code does not see what a carrier carries: a bidirectional row is no packed one."""
+    if "is_causal" in config and not hasattr(tf.LlamaConfig(is_causal=False), "is_causal"):
+        pytest.skip("this Transformers has no bidirectional LLaMA")
+    torch._dynamo.reset()
+    said: dict[str, Any] = dict(input_ids=X, position_ids=POSITIONS, use_cache=False)
+    compiled = torch.compile(build(name, "flash_plus", **config), backend="eager")
+    assert_close(compiled(**said).logits, build(name, "eager", **config)(**said).logits)

@@ -52,6 +52,10 @@ def test_encoders(name: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.skipif(
+    not hasattr(tf.masking_utils, "remap_positions_for_packed_sequence"),
+    reason="this Transformers counts chunks from the beginning of the row",
+)
 def test_chunks_are_counted_within_each_document() -> None:
     """Llama 4, documents longer than a chunk, told by lengths alone."""
     for use_cache in (False, True):

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..interval_cache import share
+from ..interval_cache import capturing, share
 from ..masks import AttentionMask, intersect_intervals, own, window_intervals, with_intervals
 from ..providers.base import DecodingTicket
 
@@ -167,6 +167,8 @@ def _is_foreign(carrier: Tensor) -> bool:
     carrier has rows that see more than the first. (Not asked of carriers that cannot be mistaken, nor in compiled
     code.)"""
     if torch.compiler.is_compiling() or carrier.shape[-1] == 2 or type(carrier) is not Tensor or carrier.is_meta:
+        return False
+    if capturing(carrier):  # into a CUDA graph: nothing can be looked at
         return False
     return bool(((carrier == 0) | (carrier == 1)).all())
 

@@ -152,6 +152,11 @@ def patched(model: nn.Module) -> Iterator[PatchReport]:
 
 
 _ALREADY = f"already uses {NAME}"
+#: Attention calls never see the config's flag, and Transformers refuses to save such a config.
+_OUTPUT_ATTENTIONS = (
+    "its config says output_attentions=True, which Transformers takes with eager only; set "
+    "config.output_attentions = False and pass output_attentions=True to the forward that needs the weights"
+)
 
 
 def _find_state(model: nn.Module) -> tuple[nn.Module, _State] | None:
@@ -201,9 +206,12 @@ def _switch(name: str, part: PreTrainedModel, owned: set[int], report: PatchRepo
     if _is_ours(config):
         report.left.append((name, cls, _ALREADY))
         return
+    inner_configs = [inner for inner in _inner_configs(part, owned) if inner._attn_implementation == before]
     reason = unsupported_reason(part)
     if reason is None and not _has_attention(part):
         reason = "it has no attention of its own"
+    if reason is None and any(getattr(each, "output_attentions", False) for each in (config, *inner_configs)):
+        reason = _OUTPUT_ATTENTIONS
     if reason is not None:
         report.left.append((name, cls, reason))
         return
@@ -216,9 +224,8 @@ def _switch(name: str, part: PreTrainedModel, owned: set[int], report: PatchRepo
             if isinstance(module, eager) and not isinstance(module, ours):
                 _set(changes, module, "__class__", ours)
     _set(changes, config, "_attn_implementation_internal", NAME)
-    for inner in _inner_configs(part, owned):
-        if inner._attn_implementation == before:
-            _set(changes, inner, "_attn_implementation_internal", NAME)
+    for inner in inner_configs:
+        _set(changes, inner, "_attn_implementation_internal", NAME)
     report.switched.append((name, cls, before))
 
 

@@ -223,6 +223,31 @@ def test_refusals() -> None:
         patch_model(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("name", ("llama", "falcon"))
+def test_output_attentions_in_the_config(name: str, tmp_path) -> None:
+    """Transformers takes the flag with eager only: the forward would return no weights, and saving would fail."""
+    model = build(name)
+    model.config.output_attentions = True
+    state = snapshot(model)
+    with pytest.raises(ValueError, match=r"output_attentions=True(?s:.)*config\.output_attentions = False and pass"):
+        patch_model(model)
+    assert snapshot(model) == state and len(model(ids()).attentions) == 2
+    model.config.output_attentions = False
+    patch_model(model)
+    assert [tuple(weights.shape) for weights in model(ids(), output_attentions=True).attentions] == [(2, 4, 12, 12)] * 2
+    model.save_pretrained(tmp_path)
+
+
+def test_output_attentions_in_the_config_of_a_part() -> None:
+    model = build_from(tf.LlavaForConditionalGeneration, _llava())
+    model.config.vision_config.output_attentions = True
+    report = patch_model(model)
+    assert [(cls, "output_attentions=True" in reason) for _, cls, reason in report.left] == [("CLIPVisionModel", True)]
+    assert model.config.vision_config._attn_implementation == "eager"
+    assert model.config.text_config._attn_implementation == "flash_plus"
+    assert patch_model(model) is report
+
+
 def test_a_mixed_model_reports_what_it_left() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:

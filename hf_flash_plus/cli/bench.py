@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import make_console
+from .usage import check_device, refuse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,17 +44,16 @@ def bench(
         _show(_read(show), show, console)
         return
     if config is None:
-        typer.echo("error: which benchmark? Give a YAML file, for example configs/bench/forward.yaml.", err=True)
-        raise typer.Exit(2)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        refuse("which benchmark? Give a YAML file, for example configs/bench/forward.yaml.")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(where, "that can be measured")
     try:
         chosen = select(configuration.load(config), _split(peers), _split(cases))
         if budget is not None:
             chosen = replace(chosen, budget_s=budget)
-        found = run(chosen, where, out, lambda text: typer.echo(text, err=True))
+        found = run(chosen, torch.device(where), out, lambda text: typer.echo(text, err=True))
     except (ValueError, DeviceLost) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+        refuse(str(error))
     _show(found, out / f"{chosen.name}.json", console)
     if not any(row["status"] == "ok" for row in found["rows"]):
         raise typer.Exit(1)
@@ -66,8 +66,7 @@ def _read(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict) or not {"kind", "rows", "peers", "environment"} <= set(found):
             raise ValueError("it is no result of hf-flash-plus bench (kind, rows, peers and environment are missing)")
     except (OSError, ValueError) as error:
-        typer.echo(f"error: cannot show {path}: {error}", err=True)
-        raise typer.Exit(2) from None
+        refuse(f"cannot show {path}: {error}")
     return found
 
 

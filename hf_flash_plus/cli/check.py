@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import make_console
+from .usage import check_device, refuse
 
 if TYPE_CHECKING:
     from ..checks.compare import Row
@@ -36,15 +37,9 @@ def check(
     names = None if not provider else [name.strip().lower() for name in provider]
     unknown = [name for name in names or () if name not in PROVIDERS]
     if unknown:
-        _refuse(f"--provider {unknown[0]!r} is none; the providers are: {', '.join(PROVIDERS)}.")
+        refuse(f"--provider {unknown[0]!r} is none; the providers are: {', '.join(PROVIDERS)}.")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = where.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
-        _refuse(f"--device {where!r} is none that can be checked; give cpu, cuda or cuda:N.")
-    if kind == "cuda" and int(index or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        _refuse(
-            f"--device {where!r} is not there; torch sees {_count()} CUDA devices. Give cpu, or install a CUDA torch."
-        )
+    check_device(where, "that can be checked")
     console = make_console()
     done = 0
 
@@ -62,14 +57,3 @@ def check(
         json_file.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
     if not result.passed:
         raise typer.Exit(1)
-
-
-def _count() -> int:
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _refuse(message: str) -> None:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)

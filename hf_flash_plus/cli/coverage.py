@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from .console import make_console
+from .usage import check_device, refuse
 
 if TYPE_CHECKING:
     from ..coverage.record import Record
@@ -49,25 +50,27 @@ def coverage(
     against: Annotated[Path | None, typer.Option(help="Fail where an earlier run's results are better.")] = None,
 ) -> None:
     """Compare flash_plus with eager on every model type. Exit code 1: something differs, or is lost."""
-    from ..coverage.record import Record, losses, summarize
+    from ..coverage.record import losses, summarize
 
+    # What is read is read first: a wrong path must not cost a sweep.
+    before = _load("--against", against) if against is not None else None
+    others = {path.name: _load("--beside", path) for path in beside or []}
     if from_json is not None:
-        record = Record.load(from_json)
+        record = _load("--from-json", from_json)
     else:
         plan = _plan(models, checks, subset, limit, device, dtype.value, memory)
-        known = Record.load(output) if (update or resume) and output is not None and output.exists() else None
+        known = _load("--output", output) if (update or resume) and output is not None and output.exists() else None
         try:
             record = _sweep(plan, processes, timeout, budget, output, known, resume)
         except ValueError as problem:
-            typer.echo(f"error: {problem}", err=True)
-            raise typer.Exit(2) from None
+            refuse(str(problem))
     if output is not None:
         record.save(output)
     if report is not None:
         from ..coverage.report import render
 
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(render(record, {path.name: Record.load(path) for path in beside or []}))
+        report.write_text(render(record, others))
     summary = summarize(record.rows)
     console = make_console()
     console.print(
@@ -75,7 +78,7 @@ def coverage(
         f"every check, {summary.partly} refuse some; {summary.refused} refused; {summary.idle} never call attention; "
         f"{summary.different} differ"
     )
-    lost = losses(Record.load(against), record.rows) if against is not None else []
+    lost = losses(before, record.rows) if before is not None else []
     for line in lost:
         console.print(f"lost: {line}", markup=False)
     if summary.different or lost:
@@ -97,17 +100,49 @@ def _plan(models: str, checks: str, subset: Path | None, limit: int, device: str
     from ..coverage.find import model_types
     from ..coverage.subject import Settings
 
-    wanted = _names(models) or (_subset(subset) if subset is not None else [])
-    known = model_types()
-    unknown = [name for name in wanted if name not in known]
+    check_device(device, "that models can be compared on")
     chosen_checks = _names(checks) or list(CHECKS)
     bad_checks = [name for name in chosen_checks if name not in CHECKS]
-    if bad_checks or (unknown and models):
-        typer.echo(f"error: unknown {', '.join(bad_checks or unknown)}; checks are {', '.join(CHECKS)}.", err=True)
-        raise typer.Exit(2)
-    chosen = [name for name in known if name in wanted] if wanted else known
+    if bad_checks:
+        refuse(f"--checks: there is no check {', '.join(map(repr, bad_checks))}; checks are {', '.join(CHECKS)}.")
+    known = model_types()
+    wanted = _names(models) or (_subset(subset) if subset is not None else known)
+    if models:
+        _refuse_unknown([name for name in wanted if name not in known], known)
+    chosen = [name for name in known if name in wanted]
+    if not chosen:
+        refuse(f"--subset {subset}: none of its lines is a model type of the installed Transformers, such as llama.")
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     return Plan(chosen[: limit or None], chosen_checks, Settings(device, kind, memory_gib=memory))
+
+
+def _refuse_unknown(unknown: list[str], known: list[str]) -> None:
+    """End the command for model types that Transformers does not have."""
+    import difflib
+
+    import transformers
+
+    if unknown:
+        near = [name for wrong in unknown for name in difflib.get_close_matches(wrong, known)]
+        refuse(
+            f"--models: Transformers {transformers.__version__} has no model type {', '.join(map(repr, unknown))}"
+            f"{'; near ones are ' + ', '.join(dict.fromkeys(near)) if near else ' (COVERAGE.md lists them)'}."
+        )
+
+
+def _load(option: str, path: Path) -> Record:
+    """An earlier run's results; the command ends where the file holds none."""
+    from ..coverage.record import Record
+
+    try:
+        return Record.load(path)
+    except OSError as error:
+        refuse(f"{option} {path} cannot be read: {error.strerror or error}.")
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        refuse(
+            f"{option} {path} holds no results of hf-flash-plus coverage, which --output writes "
+            f"({type(error).__name__}: {error})."
+        )
 
 
 def _sweep(
@@ -164,7 +199,12 @@ def _names(text: str) -> list[str]:
 def _subset(path: Path) -> list[str]:
     if str(path) == "ci":
         path = Path("tests/transformers/coverage_ci.txt")
-    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        refuse(f"--subset {path} cannot be read: {reason}. Give a file of model types, one a line.")
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return [line for line in lines if line]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import make_console
+from .usage import refuse
 
 if TYPE_CHECKING:
     from ..inputs import AttentionInputs, CallSignature
@@ -82,8 +83,7 @@ def explain(
         signature = _on(device, inputs)
         verdicts = explain_signature(signature)
     except (ValueError, TypeError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+        refuse(str(error))
     served = any(verdict.chosen for verdict in verdicts)
     kernels = {verdict.provider: PROVIDERS[verdict.provider].kernels(inputs) for verdict in verdicts if verdict.chosen}
     if as_json:
@@ -131,6 +131,8 @@ def build_inputs(
     deterministic: bool = False,
 ) -> AttentionInputs:
     """A call described in words: built and validated on meta tensors, which need no device."""
+    import math
+
     import torch
 
     from .. import settings
@@ -142,10 +144,16 @@ def build_inputs(
         raise ValueError(f"packed sequences form one row: --shape must begin with 1, got {batch}.")
     keys = seqlen_q if seqlen_k is None else seqlen_k
     nheads_k = nheads if kv_heads is None else kv_heads
+    sizes = {"--shape": min(shape), "--kv-heads": nheads_k, "--seqlen-k": keys, "--v-head-dim": v_head_dim or 0}
+    for option, size in sizes.items():
+        if size < 0:
+            raise ValueError(f"{option} takes sizes, which are not negative; got {size}.")
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
     q_dtype = names[dtype]
 
     def meta(*size: int, dtype: torch.dtype = q_dtype, grad: bool = False) -> torch.Tensor:
+        if math.prod(size) >= 2**60:
+            raise ValueError(f"a tensor of {size} is larger than torch can address; give smaller sizes.")
         return torch.empty(*size, dtype=dtype, device="meta", requires_grad=grad)
 
     mask = AttentionMask(
@@ -184,7 +192,11 @@ def build_inputs(
 def _on(device: str, inputs: AttentionInputs) -> CallSignature:
     import torch
 
-    return inputs.signature()._replace(device_type=torch.device(device).type)
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"--device {device!r} is none that torch knows; give one such as cuda or cpu.") from None
+    return inputs.signature()._replace(device_type=kind)
 
 
 def build_signature(*, device: str = "cuda", **call: Any) -> CallSignature:

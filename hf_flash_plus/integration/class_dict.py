@@ -92,7 +92,9 @@ def _restrict(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, win
     return mask[..., : key.shape[2]].masked_fill(~seen, float("-inf"))
 
 
-def _attend(module: Any, family: Family, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _attend(
+    module: Any, family: Family, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, wants_weights: bool
+) -> tuple[Tensor, Tensor | None]:
     """One call for the classes whose ``_attn`` we replace: ``(batch, nheads, seqlen, head_dim)`` in and out."""
     assert family.scale is not None and family.dropout is not None
     causal, window = bool(module.is_causal), _local_window(module)
@@ -102,7 +104,7 @@ def _attend(module: Any, family: Family, query: Tensor, key: Tensor, value: Tens
     else:
         mask = _restrict(mask, query, key, causal, window)
     # Buffers of these models are fp32, so queries and keys may be fp32 beside half-precision values.
-    out, _ = flash_plus_attention(
+    out, weights = flash_plus_attention(
         module,
         query,
         key,
@@ -112,8 +114,25 @@ def _attend(module: Any, family: Family, query: Tensor, key: Tensor, value: Tens
         scaling=family.scale(module),
         sliding_window=window,
         is_causal=causal,
+        output_attentions=wants_weights,
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2), weights
+
+
+class _WantsWeights:
+    """An attention module for one call of its ``forward`` with ``output_attentions``.
+
+    These models' ``forward`` does not hand the flag to ``_attn``. A mark on the module would be seen by other threads.
+    """
+
+    def __init__(self, module: Any, attn: Callable[..., Any]) -> None:
+        self.__dict__.update(_module=module, _attn=functools.partial(attn, module, wants_weights=True))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._module, name, value)  # GPT-J moves a buffer
 
 
 def _make_class(family_name: str, modeling: types.ModuleType) -> type:
@@ -123,21 +142,55 @@ def _make_class(family_name: str, modeling: types.ModuleType) -> type:
     if family.scale is None:
         # Falcon has no inner method to replace: its flash class's forward, with our function under the global name.
         original = base.forward
-        scope = {**original.__globals__, "_flash_attention_forward": flash_attention_forward}
-        forward = types.FunctionType(
-            original.__code__, scope, original.__name__, original.__defaults__, original.__closure__
-        )
-        forward.__kwdefaults__ = original.__kwdefaults__
+
+        def calling(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+            scope = {**original.__globals__, "_flash_attention_forward": function}
+            forward = types.FunctionType(
+                original.__code__, scope, original.__name__, original.__defaults__, original.__closure__
+            )
+            forward.__kwdefaults__ = original.__kwdefaults__
+            return forward
+
+        plain = calling(flash_attention_forward)
+
+        @torch.compiler.disable  # torch.compile cannot break the graph in a function made anew for each call
+        def with_weights(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            weights: list[Tensor | None] = []
+
+            def keeping(*args: Any, **kwargs: Any) -> Tensor:
+                out, found = _flash_attention(*args, output_attentions=True, **kwargs)
+                weights.append(found)
+                return out
+
+            # What it returns beside its output is the output before the projection.
+            return calling(keeping)(*args, **kwargs)[0], weights[0]
+
+        @functools.wraps(original)
+        def falcon_forward(
+            self: Any, *args: Any, output_attentions: bool = False, **kwargs: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            return (with_weights if output_attentions else plain)(self, *args, **kwargs)
+
         return type(
-            name, (base,), {"forward": forward, "__module__": __name__, "_flash_attn_uses_top_left_mask": False}
+            name, (base,), {"forward": falcon_forward, "__module__": __name__, "_flash_attn_uses_top_left_mask": False}
         )
 
     def _attn(
-        self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *_: Any
-    ) -> tuple[Tensor, None]:
-        return _attend(self, family, query, key, value, attention_mask), None
+        self: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *_: Any,
+        wants_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        return _attend(self, family, query, key, value, attention_mask, wants_weights)
 
-    return type(name, (base,), {"_attn": _attn, "__module__": __name__})
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, output_attentions: bool = False, **kwargs: Any) -> Any:
+        return base.forward(_WantsWeights(self, _attn) if output_attentions else self, *args, **kwargs)
+
+    return type(name, (base,), {"_attn": _attn, "forward": forward, "__module__": __name__})
 
 
 _classes: dict[str, type] = {}
@@ -159,7 +212,12 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def flash_attention_forward(
+def flash_attention_forward(*args: Any, **kwargs: Any) -> Tensor:
+    """Transformers' ``_flash_attention_forward`` for its direct callers, on ``(batch, seqlen, nheads, head_dim)``."""
+    return _flash_attention(*args, **kwargs)[0]
+
+
+def _flash_attention(
     query_states: Tensor,
     key_states: Tensor,
     value_states: Tensor,
@@ -171,10 +229,11 @@ def flash_attention_forward(
     softmax_scale: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    *,
+    output_attentions: bool = False,
     **kwargs: Any,
-) -> Tensor:
-    """Transformers' ``_flash_attention_forward`` for its direct callers, on ``(batch, seqlen, nheads, head_dim)``."""
-    out, _ = flash_plus_attention(
+) -> tuple[Tensor, Tensor | None]:
+    return flash_plus_attention(
         _NO_MODULE,
         query_states.transpose(1, 2),
         key_states.transpose(1, 2),
@@ -186,8 +245,8 @@ def flash_attention_forward(
         softcap=softcap,
         is_causal=is_causal,
         position_ids=position_ids,
+        output_attentions=output_attentions,
     )
-    return out
 
 
 _NO_MODULE = torch.nn.Module()

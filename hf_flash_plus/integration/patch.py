@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -42,16 +42,33 @@ class _Change:
     owner: Any
     name: str
     before: Any
+    value: Any
+
+    @property
+    def in_force(self) -> bool:
+        """Whether the attribute still is what it was set to; ``set_attn_implementation`` may have come since."""
+        now = getattr(self.owner, self.name, _ABSENT)
+        if isinstance(self.value, type):
+            return isinstance(now, type) and issubclass(now, self.value)  # FSDP2 sets a subclass
+        return now in (NAME, registration.PAGED_NAME)
 
 
 _ABSENT = "__absent__"
+
+
+class _State(NamedTuple):
+    """What a patched module remembers."""
+
+    changes: list[_Change]
+    report: PatchReport
 
 
 def patch_model(model: nn.Module) -> PatchReport:
     """Switch the attention of a loaded model, and of every model inside it, to ``flash_plus``.
 
     Weights, buffers and hooks stay as they are. Submodels whose attention cannot be switched keep theirs, with the
-    reason in the report. Calling it again changes nothing.
+    reason in the report. Calling it again changes nothing, unless attention was set to something else since
+    (``model.set_attn_implementation``): then it is switched again, and ``unpatch_model`` goes back to that.
 
     Args:
         model: a ``PreTrainedModel``, or any module that contains some.
@@ -76,12 +93,17 @@ def patch_model(model: nn.Module) -> PatchReport:
     registration.register()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers.PreTrainedModel or contain some, got {type(model).__name__}.")
-    if getattr(model, _STATE, None) is not None:
-        report: PatchReport = getattr(model, _STATE)[1]
-        return report
     models = _models(model)
     if not models:
         raise TypeError(f"{type(model).__name__} is and contains no transformers.PreTrainedModel; nothing to patch.")
+    found = _find_state(model)
+    if found is not None:
+        holder, state = found
+        if _is_live(state, models):
+            return state.report
+        state.changes[:] = [change for change in state.changes if change.in_force]  # the others are no longer ours
+        _restore(state.changes)
+        del holder.__dict__[_STATE]
     report = PatchReport()
     changes: list[_Change] = []
     owned = {id(part.config) for _, part in models}
@@ -91,7 +113,7 @@ def patch_model(model: nn.Module) -> PatchReport:
         if not report.switched and not any(reason == _ALREADY for _, _, reason in report.left):
             reasons = "\n".join(f"  {name or '(the model)'} [{cls}]: {reason}" for name, cls, reason in report.left)
             raise ValueError(f"the attention of {type(model).__name__} cannot be switched to {NAME}:\n{reasons}")
-        model.__dict__[_STATE] = (changes, report)
+        model.__dict__[_STATE] = _State(changes, report)
         return report
     except BaseException:  # KeyboardInterrupt, too, and wherever it comes
         model.__dict__.pop(_STATE, None)
@@ -102,30 +124,66 @@ def patch_model(model: nn.Module) -> PatchReport:
 def unpatch_model(model: nn.Module) -> bool:
     """Undo :func:`patch_model`: every config, class and attribute is what it was before.
 
+    A wrapper that answers for the model in it (PEFT's, ``torch.compile``'s) serves as well as the model itself.
+
     Returns:
         True when the model was patched, False when there was nothing to undo.
     """
-    state = getattr(model, _STATE, None)
-    if state is None:
+    found = _find_state(model)
+    if found is None:
         return False
-    _restore(state[0])
-    del model.__dict__[_STATE]
+    holder, state = found
+    _restore(state.changes)
+    del holder.__dict__[_STATE]
     return True
 
 
 @contextmanager
 def patched(model: nn.Module) -> Iterator[PatchReport]:
     """:func:`patch_model` inside a ``with`` block, :func:`unpatch_model` at its end (if it was not patched before)."""
-    before = getattr(model, _STATE, None)
+    found = _find_state(model)
+    patched_before = found is not None and _is_live(found[1], _models(model))
     report = patch_model(model)
     try:
         yield report
     finally:
-        if before is None:
+        if not patched_before:
             unpatch_model(model)
 
 
 _ALREADY = f"already uses {NAME}"
+#: Attention calls never see the config's flag, and Transformers refuses to save such a config.
+_OUTPUT_ATTENTIONS = (
+    "its config says output_attentions=True, which Transformers takes with eager only; set "
+    "config.output_attentions = False and pass output_attentions=True to the forward that needs the weights"
+)
+
+
+def _find_state(model: nn.Module) -> tuple[nn.Module, _State] | None:
+    """The state of a patched module, and the module that holds it.
+
+    Wrappers (PEFT's, ``torch.compile``'s) hand on what they are asked for and do not have, so that the holder may be a
+    module inside.
+    """
+    state = getattr(model, _STATE, None)
+    if state is not None:
+        for module in model.modules():
+            if module.__dict__.get(_STATE) is state:
+                return module, state
+    return None
+
+
+def _is_live(state: _State, models: list[tuple[str, PreTrainedModel]]) -> bool:
+    """Whether what was switched still is, and nothing came since that could be switched."""
+    left = {cls for _, cls, reason in state.report.left if reason != _ALREADY}
+    return all(change.in_force for change in state.changes) and all(
+        _is_ours(part.config) or type(part).__name__ in left for _, part in models
+    )
+
+
+def _is_ours(config: PretrainedConfig) -> bool:
+    """Whether a config says ``flash_plus``, or what continuous batching calls it while it runs."""
+    return config._attn_implementation in (NAME, registration.PAGED_NAME)
 
 
 def _models(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
@@ -138,19 +196,22 @@ def _models(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
 
 
 def _set(changes: list[_Change], owner: Any, name: str, value: Any, setter: Callable[..., None] = setattr) -> None:
-    changes.append(_Change(owner, name, getattr(owner, name, _ABSENT)))
+    changes.append(_Change(owner, name, getattr(owner, name, _ABSENT), value))
     setter(owner, name, value)
 
 
 def _switch(name: str, part: PreTrainedModel, owned: set[int], report: PatchReport, changes: list[_Change]) -> None:
     config, cls = part.config, type(part).__name__
     before = config._attn_implementation
-    if before == NAME:
+    if _is_ours(config):
         report.left.append((name, cls, _ALREADY))
         return
+    inner_configs = [inner for inner in _inner_configs(part, owned) if inner._attn_implementation == before]
     reason = unsupported_reason(part)
     if reason is None and not _has_attention(part):
         reason = "it has no attention of its own"
+    if reason is None and any(getattr(each, "output_attentions", False) for each in (config, *inner_configs)):
+        reason = _OUTPUT_ATTENTIONS
     if reason is not None:
         report.left.append((name, cls, reason))
         return
@@ -160,12 +221,11 @@ def _switch(name: str, part: PreTrainedModel, owned: set[int], report: PatchRepo
         base = ours.__mro__[1]
         eager = base if class_dict.FAMILIES[family].scale is not None else base.__mro__[1]
         for module in part.modules():
-            if isinstance(module, eager) and type(module) is not ours:
+            if isinstance(module, eager) and not isinstance(module, ours):
                 _set(changes, module, "__class__", ours)
     _set(changes, config, "_attn_implementation_internal", NAME)
-    for inner in _inner_configs(part, owned):
-        if inner._attn_implementation == before:
-            _set(changes, inner, "_attn_implementation_internal", NAME)
+    for inner in inner_configs:
+        _set(changes, inner, "_attn_implementation_internal", NAME)
     report.switched.append((name, cls, before))
 
 

@@ -107,6 +107,88 @@ def test_context_manager_keeps_an_earlier_patch() -> None:
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("name", ("llama", "falcon"))
+def test_attention_that_was_set_since_is_switched_again(name: str) -> None:
+    model = build(name, "sdpa")
+    first = patch_model(model)
+    model.config._attn_implementation = "eager"
+    again = patch_model(model)
+    assert [before for _, _, before in first.switched] == ["sdpa"]
+    assert [before for _, _, before in again.switched] == ["eager"], "the report says what was done"
+    assert model.config._attn_implementation == "flash_plus"
+    assert_close(forward(model, name), forward(build(name), name), padding("left"))
+    assert unpatch_model(model) and not unpatch_model(model)
+    expected = snapshot(build(name, "eager"))
+    assert {k: v for k, v in snapshot(model).items() if k.endswith(".class")} == {
+        k: v for k, v in expected.items() if k.endswith(".class")
+    }
+    assert model.config._attn_implementation == "eager", "what was there before the last patch_model"
+
+
+def test_set_attn_implementation_after_patching() -> None:
+    """The composite's parts, too, of which one keeps what was set before."""
+    model = build_from(tf.LlavaForConditionalGeneration, _llava())
+    patch_model(model)
+    model.set_attn_implementation({"text_config": "sdpa"})
+    assert model.config.text_config._attn_implementation == "sdpa"
+    before = {cls: before for _, cls, before in patch_model(model).switched}
+    assert before["LlamaModel"] == "sdpa" and before["LlavaForConditionalGeneration"] == "eager"
+    assert model.config.text_config._attn_implementation == "flash_plus"
+    unpatch_model(model)
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == model.config.vision_config._attn_implementation == "eager"
+
+
+def test_a_model_loaded_so_and_set_to_something_else() -> None:
+    model = build("llama", "flash_plus")
+    assert not patch_model(model).switched
+    model.set_attn_implementation("sdpa")
+    assert [before for _, _, before in patch_model(model).switched] == ["sdpa"]
+    assert unpatch_model(model) and model.config._attn_implementation == "sdpa"
+
+
+def test_the_context_manager_after_attention_was_set() -> None:
+    model = build("llama")
+    patch_model(model)
+    model.set_attn_implementation("sdpa")
+    with patched(model):
+        assert model.config._attn_implementation == "flash_plus"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def _peft(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+
+
+@pytest.mark.parametrize("wrap", (_peft, torch.compile), ids=("peft", "compile"))
+def test_wrappers_of_a_patched_model(wrap) -> None:
+    """They answer for the model in them, which is what was patched."""
+    model = build("llama")
+    report = patch_model(model)
+    wrapper = wrap(model)
+    assert patch_model(wrapper) is report
+    with patched(wrapper):
+        pass
+    assert model.config._attn_implementation == "flash_plus", "it was patched before"
+    assert unpatch_model(wrapper) is True and model.config._attn_implementation == "eager"
+    assert unpatch_model(model) is unpatch_model(wrapper) is False
+    assert patch_model(model).switched and model.config._attn_implementation == "flash_plus"
+    assert unpatch_model(model)
+    assert patch_model(wrapper).switched and model.config._attn_implementation == "flash_plus"
+    assert unpatch_model(wrapper) and model.config._attn_implementation == "eager"
+
+
+def test_continuous_batching_renames_it() -> None:
+    """While it runs, the model is still patched."""
+    model = build("llama")
+    report = patch_model(model)
+    model.config._attn_implementation = "paged|flash_plus"
+    assert patch_model(model) is report and model.config._attn_implementation == "paged|flash_plus"
+    model.config._attn_implementation = "flash_plus"
+    assert unpatch_model(model) and model.config._attn_implementation == "eager"
+
+
 def test_composites_are_switched_whole() -> None:
     model = build_from(tf.LlavaForConditionalGeneration, _llava())
     state = snapshot(model)
@@ -139,6 +221,31 @@ def test_refusals() -> None:
     assert snapshot(bloom) == state
     with pytest.raises(TypeError, match=r"no transformers\.PreTrainedModel"):
         patch_model(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ("llama", "falcon"))
+def test_output_attentions_in_the_config(name: str, tmp_path) -> None:
+    """Transformers takes the flag with eager only: the forward would return no weights, and saving would fail."""
+    model = build(name)
+    model.config.output_attentions = True
+    state = snapshot(model)
+    with pytest.raises(ValueError, match=r"output_attentions=True(?s:.)*config\.output_attentions = False and pass"):
+        patch_model(model)
+    assert snapshot(model) == state and len(model(ids()).attentions) == 2
+    model.config.output_attentions = False
+    patch_model(model)
+    assert [tuple(weights.shape) for weights in model(ids(), output_attentions=True).attentions] == [(2, 4, 12, 12)] * 2
+    model.save_pretrained(tmp_path)
+
+
+def test_output_attentions_in_the_config_of_a_part() -> None:
+    model = build_from(tf.LlavaForConditionalGeneration, _llava())
+    model.config.vision_config.output_attentions = True
+    report = patch_model(model)
+    assert [(cls, "output_attentions=True" in reason) for _, cls, reason in report.left] == [("CLIPVisionModel", True)]
+    assert model.config.vision_config._attn_implementation == "eager"
+    assert model.config.text_config._attn_implementation == "flash_plus"
+    assert patch_model(model) is report
 
 
 def test_a_mixed_model_reports_what_it_left() -> None:

@@ -294,6 +294,43 @@ def test_output_attentions_are_served_exactly() -> None:
             assert_close(a.transpose(1, 2)[rows], b.transpose(1, 2)[rows])
 
 
+def bark_pair(name: str, **changes):
+    config = getattr(tf, f"{name}Config")(block_size=32, input_vocab_size=VOCAB, output_vocab_size=VOCAB, num_layers=2,
+        num_heads=4, hidden_size=32, dropout=0.0, **changes)  # fmt: skip
+    return tuple(build_from(getattr(tf, f"{name}Model"), config, how) for how in ("eager", "flash_plus"))
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "gptj", "falcon", "bark", "bark_fine"])
+def test_output_attentions_of_classes_of_our_own(name: str) -> None:
+    """Also with a mask, a cache and half precision; a call without it goes the usual way."""
+    batch = dict(input_ids=ids(), attention_mask=padding("right"))
+    rows = batch["attention_mask"].bool()
+    if name == "bark_fine":
+        models = bark_pair("BarkFine", n_codes_total=2, n_codes_given=1)
+        batch = dict(codebook_idx=1, input_ids=ids()[..., None].expand(-1, -1, 2))
+        rows = torch.ones(2, 12, dtype=torch.bool)
+    else:
+        models = bark_pair("BarkSemantic") if name == "bark" else pair(name)
+    expected, got = (model(**batch, output_attentions=True) for model in models)
+    assert len(got.attentions) == 2 and got.attentions[0].requires_grad
+    for a, b in zip(got.attentions, expected.attentions):
+        assert_close(a.transpose(1, 2)[rows], b.transpose(1, 2)[rows])
+    assert_close(got.logits, expected.logits, rows)
+    plain = models[1](**batch)
+    assert plain.attentions is None
+    assert_close(plain.logits, expected.logits, rows)
+    if name in ("gpt_neo", "gptj", "falcon"):
+        cached, again = (model(input_ids=ids()[:, :9], use_cache=True).past_key_values for model in models)
+        steps = [
+            model(input_ids=ids()[:, 9:], past_key_values=cache, output_attentions=True).attentions
+            for model, cache in zip(models, (cached, again))
+        ]
+        for a, b in zip(*steps, strict=True):
+            assert_close(b, a)
+        half = models[1].half()(**batch, output_attentions=True).attentions
+        assert half[0].dtype == torch.float16 and (half[0].float() - got.attentions[0])[0].abs().max() < 1e-2
+
+
 def test_dropout_trains() -> None:
     """Dropout reaches the attention weights: reproducible by seed, gone in evaluation."""
     model = build("llama", "flash_plus", attention_dropout=0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,6 +137,13 @@ def test_explain_nobody_serves(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--shape", "1,8,4,16", "--window", "-3,0"], "window_size"),
         (["--shape", "1,8,4,16", "--dropout", "1.5"], "dropout_p"),
         (["--shape", "2,8,4,16", "--packed"], "must begin with 1"),
+        (["--shape", "1,-8,4,16"], "--shape takes sizes, which are not negative; got -8"),
+        (["--shape", "1,8,4,16", "--kv-heads", "-1"], "--kv-heads takes sizes"),
+        (["--shape", "1,8,4,16", "--seqlen-k", "-2"], "--seqlen-k takes sizes"),
+        (["--shape", "1,8,4,16", "--v-head-dim", "-2"], "--v-head-dim takes sizes"),
+        (["--shape", "1,999999999999999999999,4,16"], "give smaller sizes"),
+        (["--shape", "1,8,4,16", "--device", "nope"], "--device 'nope' is none that torch knows"),
+        (["--shape", "1,8,4,16", "--device", "cpu:"], "--device 'cpu:' is none that torch knows"),
     ],
     ids=str,
 )
@@ -174,3 +182,48 @@ def test_explain_options() -> None:
     )  # fmt: skip
     for word in ("window", "alibi", "sinks", "row intervals", "key_mask", "float bias", "needs_grad", "4/2"):
         assert word in report["call"]
+
+
+# --- bench and coverage: what is wrong is said before anything runs ---
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--device", "nope"], ["--device 'nope'", "give cpu, cuda or cuda:N"]),
+        (["--device", "cpu:0"], ["--device 'cpu:0'", "give cpu, cuda or cuda:N"]),
+        (["--device", "cuda:99"], ["--device 'cuda:99' is not there", "Give cpu"]),
+        (["--models", "llamax"], ["--models", "no model type 'llamax'", "near ones are llama"]),
+        (["--models", "llama,qqqqqqqq"], ["no model type 'qqqqqqqq'", "COVERAGE.md"]),
+        (["--checks", "forwrd"], ["--checks", "no check 'forwrd'", "checks are forward, left"]),
+        (["--subset", "{folder}/none"], ["--subset", "cannot be read: No such file"]),
+        (["--subset", "{folder}"], ["--subset", "cannot be read: Is a directory"]),
+        (["--subset", "{folder}/text"], ["--subset", "none of its lines is a model type"]),
+        (["--subset", "{folder}/binary"], ["--subset", "it is no text"]),
+        (["--from-json", "{folder}/none"], ["--from-json", "cannot be read: No such file"]),
+        (["--from-json", "{folder}/text"], ["--from-json", "holds no results of hf-flash-plus coverage"]),
+        (["--from-json", "{folder}/list"], ["--from-json", "holds no results of hf-flash-plus coverage"]),
+        (["--from-json", "{folder}/binary"], ["--from-json", "holds no results of hf-flash-plus coverage"]),
+        (["--against", "{folder}/none"], ["--against", "cannot be read: No such file"]),
+        (["--beside", "{folder}/none"], ["--beside", "cannot be read: No such file"]),
+        (["--output", "{folder}/text", "--resume"], ["--output", "holds no results of hf-flash-plus coverage"]),
+    ],
+    ids=lambda part: " ".join(part) if part[0].startswith("--") else None,
+)
+def test_coverage_says_what_is_wrong(
+    arguments: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text("no-model-type\n")
+    (tmp_path / "list").write_text("[1]")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    from hf_flash_plus.coverage import pool
+
+    monkeypatch.setattr(pool, "run_all", lambda *_: pytest.fail("it ran"))
+    output = run("coverage", *(part.format(folder=tmp_path) for part in arguments), code=2)
+    assert all(word in output for word in words), output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("device", ["nope", "cuda:x", "cuda:99"])
+def test_bench_wrong_device(device: str) -> None:
+    assert f"--device {device!r} is" in run("bench", "configs/bench/forward.yaml", "--device", device, code=2)

@@ -72,7 +72,7 @@ def attention(
         s_aux: attention sinks, ``(nheads,)`` or ``(batch, nheads, seqlen_q)``.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         deterministic: only bitwise repeatable gradients.
-        return_lse: also return ``softmax_lse``, fp32 ``(batch, nheads, seqlen_q)``.
+        return_lse: also return ``softmax_lse``, fp32 ``(batch, nheads, seqlen_q)``; it has no gradient.
 
     Returns:
         ``out`` ``(batch, seqlen_q, nheads, v_headdim)``, or ``(out, softmax_lse)``.
@@ -185,8 +185,9 @@ def flash_attn_func(
 
     Returns:
         ``out`` ``(batch, seqlen_q, nheads, v_headdim)``; or, with ``return_attn_probs``,
-        ``(out, softmax_lse, S_dmask)``: ``softmax_lse`` fp32 ``(batch, nheads, seqlen_q)``, and ``S_dmask`` the
-        weights after dropout ``(batch, nheads, seqlen_q, seqlen_k)``, dropped ones 0, empty without dropout.
+        ``(out, softmax_lse, S_dmask)``: ``softmax_lse`` fp32 ``(batch, nheads, seqlen_q)``, which has no gradient
+        (as in flash-attn), and ``S_dmask`` the weights after dropout ``(batch, nheads, seqlen_q, seqlen_k)``, dropped
+        ones 0, empty without dropout.
 
     Raises:
         TypeError, ValueError: malformed arguments (which one, what came, what is allowed).
@@ -386,7 +387,8 @@ def flash_attn_varlen_func(
 
     Returns:
         ``out`` ``(total_q, nheads, v_headdim)``; or, with ``return_attn_probs``, ``(out, softmax_lse, S_dmask)``
-        with ``softmax_lse`` fp32 ``(nheads, total_q)``. Rows at or beyond ``cu_seqlens_q[-1]`` give 0.
+        with ``softmax_lse`` fp32 ``(nheads, total_q)``, without a gradient. Rows at or beyond ``cu_seqlens_q[-1]``
+        give 0.
 
     Raises:
         TypeError, ValueError: malformed arguments.

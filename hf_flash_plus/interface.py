@@ -18,7 +18,17 @@ from torch import Tensor
 
 from . import ops, settings
 from .dispatch import NoProviderError
-from .inputs import AttentionInputs, _require, _require_values, describe, readable, require_strided, validate
+from .inputs import (
+    AttentionInputs,
+    _require,
+    _require_values,
+    describe,
+    integer,
+    readable,
+    real,
+    require_strided,
+    validate,
+)
 from .masks import AttentionMask, PackedSequences, varlen_mask
 from .paged import gather_pages, require_pages, validate_pages
 
@@ -38,10 +48,19 @@ def _window(window_size: Any) -> tuple[int, int]:
     return left, right
 
 
+def _plain_window(mask: AttentionMask) -> AttentionMask:
+    """The same mask, with integers of other libraries in its window as ints."""
+    window = mask.window
+    if not isinstance(window, tuple) or all(isinstance(w, int) for w in window):
+        return mask
+    return replace(mask, window=tuple(integer(w) for w in window))
+
+
 def _softmax_scale(q: Any, softmax_scale: float | None) -> float:
     if softmax_scale is None:
         return float(q.shape[-1] ** -0.5) if isinstance(q, Tensor) and q.dim() and q.shape[-1] else 1.0
-    return softmax_scale
+    scale: float = real(softmax_scale)
+    return scale
 
 
 def attention(
@@ -124,11 +143,11 @@ def _inputs(
         k,
         v,
         _softmax_scale(q, softmax_scale),
-        mask,
-        softcap,
+        _plain_window(mask),
+        real(softcap),
         alibi_slopes,
         s_aux,
-        dropout_p,
+        real(dropout_p),
         deterministic=bool(deterministic) or settings.deterministic(),
         needs_lse=needs_lse,
     )
@@ -547,6 +566,7 @@ def _varlen_call(
     options: _Options,
     block_table: Tensor | None = None,
 ) -> Any:
+    max_seqlen_q, max_seqlen_k = integer(max_seqlen_q), integer(max_seqlen_k)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")

@@ -43,6 +43,10 @@ _TAGS = (torch.Tag.needs_fixed_stride_order,)
 _library.define(f"attention({_ARGUMENTS}) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(f"attention_forward({_ARGUMENTS}) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(
+    f"paged_attention_forward(Tensor k_cache, Tensor v_cache, Tensor block_table, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+_library.define(
     "attention_backward(Tensor dout, Tensor out, Tensor softmax_lse, "
     f"{_ARGUMENTS}, bool bias_grad, bool sinks_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
@@ -142,6 +146,20 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[T
     return out, query.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
 
 
+def _paged_forward(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, name = _from_arguments(*arguments)
+    provider = PROVIDERS[name]
+    output = provider.forward_paged(inputs, k_cache, v_cache, block_table)
+    if output is None:
+        output = provider.forward(_gathered(inputs, k_cache, v_cache, block_table))
+    assert output.softmax_lse is not None
+    return output.out, output.softmax_lse
+
+
+def _paged_forward_fake(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _forward_fake(*arguments)
+
+
 def _backward(dout: Tensor, out: Tensor, softmax_lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *call, bias_grad, sinks_grad = arguments
     inputs, provider = _from_arguments(*call)
@@ -172,6 +190,7 @@ def _backward_fake(dout: Tensor, out: Tensor, softmax_lse: Tensor, *arguments: A
 for _name, _real, _fake in (
     ("attention", _forward, _forward_fake),
     ("attention_forward", _forward, _forward_fake),
+    ("paged_attention_forward", _paged_forward, _paged_forward_fake),
     ("attention_backward", _backward, _backward_fake),
 ):
     _library.impl(_name, _real, "CompositeExplicitAutograd")
@@ -310,12 +329,19 @@ class _TransformedBackward(torch.autograd.Function):
     backward = staticmethod(_no_double_backward)
 
 
+def autocast_dtype(query: Tensor) -> torch.dtype | None:
+    """The dtype in which ``torch.autocast`` has attention of such queries computed; None where it is not enabled."""
+    device_type = query.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type) or query.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def _autocast(inputs: AttentionInputs) -> AttentionInputs:
     """Under ``torch.autocast``: q, k, v (and a floating bias) in its dtype, as torch casts for its own SDPA."""
-    device_type = inputs.query.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type) or inputs.query.dtype == torch.float64:
+    dtype = autocast_dtype(inputs.query)
+    if dtype is None:
         return inputs
-    dtype = torch.get_autocast_dtype(device_type)
     bias = inputs.mask.bias
     mask = inputs.mask
     if bias is not None and bias.dtype not in (torch.bool, dtype):
@@ -500,11 +526,24 @@ def paged_attention(
             ``(batch, max_blocks * page_size, ...)``.
         k_cache, v_cache, block_table: as in :meth:`~hf_flash_plus.providers.base.Provider.forward_paged`.
     """
-    selection = dispatch.select_provider(inputs.signature())
-    output = selection.provider.forward_paged(inputs, k_cache, v_cache, block_table)
-    if output is None:
-        gathered = replace(inputs, key=gather_pages(k_cache, block_table), value=gather_pages(v_cache, block_table))
-        return attention(gathered, caller, unwritten_keys=True)
-    if logger.isEnabledFor(logging.DEBUG):
-        _debug(inputs, caller, selection.provider.name, f"{selection.why}, from pages")
-    return output
+    same_dtype = inputs.query.dtype == k_cache.dtype == v_cache.dtype
+    if torch.compiler.is_compiling():
+        name = dispatch.select_name(tuple(inputs.signature()))
+        if same_dtype and not PROVIDERS[name].differentiable and not _transformed():
+            # One op, which finds out when it runs whether the provider reads pages.
+            out, softmax_lse = torch.ops.hf_flash_plus.paged_attention_forward(
+                k_cache, v_cache, block_table, *_to_arguments(inputs, name)
+            )
+            return AttentionOutput(out, softmax_lse)
+    elif same_dtype and _nobody_watches(inputs.query):
+        selection = dispatch.select_provider(inputs.signature())
+        output = selection.provider.forward_paged(inputs, k_cache, v_cache, block_table)
+        if output is not None:
+            if logger.isEnabledFor(logging.DEBUG):
+                _debug(inputs, caller, selection.provider.name, f"{selection.why}, from pages")
+            return output
+    return attention(_gathered(inputs, k_cache, v_cache, block_table), caller, unwritten_keys=True)
+
+
+def _gathered(inputs: AttentionInputs, k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> AttentionInputs:
+    return replace(inputs, key=gather_pages(k_cache, block_table), value=gather_pages(v_cache, block_table))

@@ -51,9 +51,9 @@ def _window(window_size: Any) -> tuple[int, int]:
 def _plain_window(mask: AttentionMask) -> AttentionMask:
     """The same mask, with integers of other libraries in its window as ints."""
     window = mask.window
-    if not isinstance(window, tuple) or all(isinstance(w, int) for w in window):
+    if not isinstance(window, tuple) or len(window) != 2 or (isinstance(window[0], int) and isinstance(window[1], int)):
         return mask
-    return replace(mask, window=tuple(integer(w) for w in window))
+    return replace(mask, window=(integer(window[0]), integer(window[1])))
 
 
 def _softmax_scale(q: Any, softmax_scale: float | None) -> float:
@@ -104,7 +104,7 @@ def attention(
         q,
         k,
         v,
-        mask,
+        _plain_window(mask),
         softmax_scale=softmax_scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
@@ -143,7 +143,7 @@ def _inputs(
         k,
         v,
         _softmax_scale(q, softmax_scale),
-        _plain_window(mask),
+        mask,
         real(softcap),
         alibi_slopes,
         s_aux,

@@ -443,6 +443,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
     pairs: list[Callable[[Any, Any, Any], Any]] = [
         lambda n, x, i: hfp.flash_attn_func(q, q, q, softmax_scale=x, softcap=x, window_size=(n, i)),
         lambda n, x, i: hfp.attention(q, q, q, AttentionMask(window=(n, i)), softmax_scale=x, softcap=x),
+        lambda n, x, i: hfp.attention(q, q, q, AttentionMask(window=(type(n)(-1), type(i)(-1)))),
         lambda n, x, i: hfp.flash_attn_varlen_func(q[0], q[0], q[0], cu(0, 4, 8), cu(0, 4, 8), n, n, softmax_scale=x),
         lambda n, x, i: hfp.flash_attn_varlen_qkvpacked_func(torch.stack((q[0],) * 3, 1), cu(0, 4, 8), n, 0.0, x),
         lambda n, x, i: hfp.flash_attn_with_kvcache(q, q, q, cache_seqlens=n, softmax_scale=x, softcap=x, num_splits=i),

@@ -451,8 +451,17 @@ def watched() -> bool:
 
 
 def _transformed() -> bool:
-    """Whether a transform of ``torch.func``, or differentiation in forward mode, is under way."""
-    return bool(_transforms() or forward_ad._current_level >= 0)
+    """Whether a transform of ``torch.func``, or differentiation in forward mode, is under way. Read where
+    ``torch.compile`` sees it, so that code compiled outside of dual levels is not run inside."""
+    return _inside_transforms() or forward_ad._current_level >= 0
+
+
+def _inside_transforms() -> bool:
+    return bool(_transforms())
+
+
+# Asked while a graph is traced; torch.compile guards this answer by itself. (As for dispatch.select_name.)
+_inside_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _below_transforms(inputs: AttentionInputs, signature: CallSignature) -> CallSignature:
@@ -473,10 +482,6 @@ def _needs_gradient(tensor: Tensor) -> bool:
             return False
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return True
-
-
-# Asked while a graph is traced; torch.compile guards the answer by itself. (As for dispatch.select_name.)
-_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Private, but what torch's own libraries ask; where one is missing, every call goes through the dispatcher.

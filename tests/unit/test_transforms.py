@@ -233,3 +233,14 @@ def test_compiled_forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotImplementedError, match="forward mode"):
         torch.compile(lambda q, t: jvp(dense, (q,), (t,))[1], backend="aot_eager")(Q, TANGENT)
     torch._dynamo.reset()
+
+
+def test_code_compiled_before_is_not_run_with_tangents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_FLASH_PLUS_PROVIDER", "toy")
+    torch._dynamo.reset()
+    compiled = torch.compile(dense, backend="aot_eager")
+    torch.testing.assert_close(compiled(Q), dense(Q))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        compiled(forward_ad.make_dual(Q, TANGENT))
+    torch.testing.assert_close(compiled(Q), dense(Q))
+    torch._dynamo.reset()

@@ -7,9 +7,11 @@ malformed call reaches a kernel. Each message names the argument, what came, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import numbers
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,11 +137,11 @@ class AttentionInputs:
             or (sinks is not None and sinks.requires_grad)
         )
         compiling = torch.compiler.is_compiling()
-        batch, _, nheads, head_dim = self.query.shape
+        batch, seqlen_q, nheads, head_dim = self.query.shape
         _, _, nheads_k, v_head_dim = self.value.shape
         if mask.packed is not None:
             batch = mask.packed.cu_seqlens_q.shape[0] - 1
-        if compiling:
+        if compiling or not type(nheads) is type(head_dim) is type(nheads_k) is type(v_head_dim) is int:
             nheads, head_dim, nheads_k, v_head_dim = map(_constant, (nheads, head_dim, nheads_k, v_head_dim))
         return CallSignature(
             self.query.device.type,
@@ -148,8 +150,8 @@ class AttentionInputs:
             v_head_dim,
             nheads,
             nheads_k,
-            # Reading a symbolic length would make torch.compile specialise on it.
-            not compiling and self.query.shape[1] <= SHORT_QUERY,
+            # Reading a symbolic length would make torch.compile, or make_fx, specialise on it.
+            not compiling and type(seqlen_q) is int and seqlen_q <= SHORT_QUERY,
             mask.causal,
             mask.windowed,
             mask.row_intervals is not None,
@@ -165,13 +167,29 @@ class AttentionInputs:
             needs_grad,
             self.needs_lse,
             self.deterministic,
-            (_constant(batch) if compiling else batch) if batch > MAX_GRID else 0,
+            _constant(batch) if batch > MAX_GRID else 0,
         )
 
 
 def _constant(size: int) -> int:
-    """A size that kernels are compiled for: ``torch.compile(dynamic=True)`` takes it for a constant by this."""
+    """A size that kernels are compiled for: ``torch.compile(dynamic=True)`` and ``make_fx`` with symbolic sizes take it
+    for a constant by this."""
     return len(range(size))
+
+
+def integer(value: Any) -> Any:
+    """A number of another library (``numpy.int64``) as an int; anything else as it came, to be judged by the checks."""
+    if isinstance(value, (int, Tensor)):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def real(value: Any) -> Any:
+    """A number of another library (``numpy.float32``) as a float; anything else as it came."""
+    return float(value) if not isinstance(value, (int, float)) and isinstance(value, numbers.Real) else value
 
 
 def describe(tensor: Tensor) -> str:
@@ -261,6 +279,7 @@ def validate(inputs: AttentionInputs) -> None:
         None if mask.row_positions is None else _layout(mask.row_positions),
         None if mask.bias is None else _layout(mask.bias),
         None if sinks is None else _layout(sinks),
+        mask.packed is None,
         None if mask.window == (-1, -1) else repr(mask.window),  # (2.0, 1.0) equals (2, 1), but is no window
         inputs.softmax_scale,
         inputs.softcap,
@@ -392,15 +411,27 @@ def _validate_mask(inputs: AttentionInputs) -> None:
         if tensor is None:
             continue
         _require_tensor(name, tensor)
-        shape = "(" + ", ".join(" or ".join(dict.fromkeys(map(str, size))) for size in sizes) + ")"
+        # Compared one by one: torch.compile cannot look for a symbolic length in a tuple.
         _require(
             tensor.dtype in dtypes
             and tensor.dim() == len(sizes)
-            and all(n in size for n, size in zip(tensor.shape, sizes)),
-            lambda: f"{name} must be {' or '.join(map(str, dtypes))} of shape {shape}, got {describe(tensor)}.",
+            and all(any(n == allowed for allowed in size) for n, size in zip(tensor.shape, sizes)),
+            lambda: (
+                f"{name} must be {' or '.join(map(str, dtypes))} of shape {_one_of(sizes)}, got {describe(tensor)}."
+            ),
         )
         _require(tensor.device == q.device, lambda: f"{name} is on {tensor.device}, but q is on {q.device}.")
     _require(
         mask.key_holes is None or mask.key_mask is not None,
         "key_holes was given without the key_mask it describes.",
     )
+    _require(
+        mask.packed is None or mask.row_intervals is not None,
+        "packed was given without the row_intervals that it tells a second way, and by itself hides nothing; give both "
+        "(hf_flash_plus.masks.varlen_mask makes row_intervals), or call flash_attn_varlen_func.",
+    )
+
+
+def _one_of(sizes: Sequence[tuple[int, ...]]) -> str:
+    """A shape whose every dimension has one of several sizes, for messages: ``(2 or 1, 5)``."""
+    return "(" + ", ".join(" or ".join(dict.fromkeys(map(str, size))) for size in sizes) + ")"

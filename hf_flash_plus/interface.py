@@ -18,7 +18,17 @@ from torch import Tensor
 
 from . import ops, settings
 from .dispatch import NoProviderError
-from .inputs import AttentionInputs, _require, _require_values, describe, readable, require_strided, validate
+from .inputs import (
+    AttentionInputs,
+    _require,
+    _require_values,
+    describe,
+    integer,
+    readable,
+    real,
+    require_strided,
+    validate,
+)
 from .masks import AttentionMask, PackedSequences, varlen_mask
 from .paged import gather_pages, require_pages, validate_pages
 
@@ -38,10 +48,19 @@ def _window(window_size: Any) -> tuple[int, int]:
     return left, right
 
 
+def _plain_window(mask: AttentionMask) -> AttentionMask:
+    """The same mask, with integers of other libraries in its window as ints."""
+    window = mask.window
+    if not isinstance(window, tuple) or len(window) != 2 or (isinstance(window[0], int) and isinstance(window[1], int)):
+        return mask
+    return replace(mask, window=(integer(window[0]), integer(window[1])))
+
+
 def _softmax_scale(q: Any, softmax_scale: float | None) -> float:
     if softmax_scale is None:
         return float(q.shape[-1] ** -0.5) if isinstance(q, Tensor) and q.dim() and q.shape[-1] else 1.0
-    return softmax_scale
+    scale: float = real(softmax_scale)
+    return scale
 
 
 def attention(
@@ -72,7 +91,7 @@ def attention(
         s_aux: attention sinks, ``(nheads,)`` or ``(batch, nheads, seqlen_q)``.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         deterministic: only bitwise repeatable gradients.
-        return_lse: also return ``softmax_lse``, fp32 ``(batch, nheads, seqlen_q)``.
+        return_lse: also return ``softmax_lse``, fp32 ``(batch, nheads, seqlen_q)``; it has no gradient.
 
     Returns:
         ``out`` ``(batch, seqlen_q, nheads, v_headdim)``, or ``(out, softmax_lse)``.
@@ -85,7 +104,7 @@ def attention(
         q,
         k,
         v,
-        mask,
+        _plain_window(mask),
         softmax_scale=softmax_scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
@@ -125,10 +144,10 @@ def _inputs(
         v,
         _softmax_scale(q, softmax_scale),
         mask,
-        softcap,
+        real(softcap),
         alibi_slopes,
         s_aux,
-        dropout_p,
+        real(dropout_p),
         deterministic=bool(deterministic) or settings.deterministic(),
         needs_lse=needs_lse,
     )
@@ -185,8 +204,9 @@ def flash_attn_func(
 
     Returns:
         ``out`` ``(batch, seqlen_q, nheads, v_headdim)``; or, with ``return_attn_probs``,
-        ``(out, softmax_lse, S_dmask)``: ``softmax_lse`` fp32 ``(batch, nheads, seqlen_q)``, and ``S_dmask`` the
-        weights after dropout ``(batch, nheads, seqlen_q, seqlen_k)``, dropped ones 0, empty without dropout.
+        ``(out, softmax_lse, S_dmask)``: ``softmax_lse`` fp32 ``(batch, nheads, seqlen_q)``, which has no gradient
+        (as in flash-attn), and ``S_dmask`` the weights after dropout ``(batch, nheads, seqlen_q, seqlen_k)``, dropped
+        ones 0, empty without dropout.
 
     Raises:
         TypeError, ValueError: malformed arguments (which one, what came, what is allowed).
@@ -386,7 +406,8 @@ def flash_attn_varlen_func(
 
     Returns:
         ``out`` ``(total_q, nheads, v_headdim)``; or, with ``return_attn_probs``, ``(out, softmax_lse, S_dmask)``
-        with ``softmax_lse`` fp32 ``(nheads, total_q)``. Rows at or beyond ``cu_seqlens_q[-1]`` give 0.
+        with ``softmax_lse`` fp32 ``(nheads, total_q)``, without a gradient. Rows at or beyond ``cu_seqlens_q[-1]``
+        give 0.
 
     Raises:
         TypeError, ValueError: malformed arguments.
@@ -545,6 +566,7 @@ def _varlen_call(
     options: _Options,
     block_table: Tensor | None = None,
 ) -> Any:
+    max_seqlen_q, max_seqlen_k = integer(max_seqlen_q), integer(max_seqlen_k)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")

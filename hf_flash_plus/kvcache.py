@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .inputs import AttentionInputs, _require, _require_tensor, _require_values, describe, validate
+from .inputs import AttentionInputs, _require, _require_tensor, _require_values, describe, integer, real, validate
 from .interface import _last_contiguous, _softmax_scale, _window
 from .masks import AttentionMask, window_intervals
 from .paged import require_pages, validate_pages
@@ -70,10 +70,11 @@ def flash_attn_with_kvcache(
             ``cache_leftpad``, ``block_table``) are checked on the CPU only, where that costs no waiting.
         NoProviderError: no provider can serve the call.
     """
+    cache_seqlens, num_splits = integer(cache_seqlens), integer(num_splits)
     _validate(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table, num_splits
     )
-    window = _window(window_size)
+    window, softcap = _window(window_size), real(softcap)
     batch, seqlen_q = q.shape[0], q.shape[1]
     # How many keys a row's cache can hold.
     slots = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
@@ -95,9 +96,12 @@ def flash_attn_with_kvcache(
             ),
         )
     scale = _softmax_scale(q, softmax_scale)
+    # What autocast computes in brings different dtypes together; where it is off, they are refused.
+    joined = None if q.dtype == k_cache.dtype == v_cache.dtype else ops.autocast_dtype(q)
+    q = q if joined is None else q.to(joined)
     if k is not None:
         # A call that is refused must not have written into the cache.
-        keys, values = (c.new_empty(()).expand(batch, slots, *c.shape[2:]) for c in (k_cache, v_cache))
+        keys, values = _stand_ins(k_cache, v_cache, batch, slots, joined)
         validate(AttentionInputs(q, keys, values, scale, flags, softcap, alibi_slopes, s_aux))
     if block_table is not None:
         require_pages(block_table, used + (0 if k is None else k.shape[1]), k_cache)
@@ -129,7 +133,7 @@ def flash_attn_with_kvcache(
             positions = None if alibi_slopes is None else diagonal.to(torch.int32)
             mask = AttentionMask(row_intervals=intervals, row_positions=positions)
         if block_table is not None:
-            keys, values = (c.new_empty(()).expand(batch, slots, *c.shape[2:]) for c in (k_cache, v_cache))
+            keys, values = _stand_ins(k_cache, v_cache, batch, slots, joined)
         elif cache_batch_idx is not None:
             keys, values = k_cache[cache_batch_idx.long(), :length], v_cache[cache_batch_idx.long(), :length]
         else:
@@ -138,6 +142,8 @@ def flash_attn_with_kvcache(
             _last_contiguous(q), keys, values, scale, mask, softcap, alibi_slopes, s_aux, needs_lse=return_softmax_lse
         )
         if block_table is None:
+            if joined is not None:
+                keys, values = keys.to(joined), values.to(joined)
             inputs = replace(inputs, key=_last_contiguous(keys), value=_last_contiguous(values))
         validate(inputs)
         if block_table is not None:
@@ -145,6 +151,14 @@ def flash_attn_with_kvcache(
         else:
             output = ops.attention(inputs, "flash_attn_with_kvcache", unwritten_keys=not known)
     return (output.out, output.softmax_lse) if return_softmax_lse else output.out
+
+
+def _stand_ins(
+    k_cache: Tensor, v_cache: Tensor, batch: int, slots: int, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of the right shape for checks, of one element of memory each."""
+    keys, values = (c.new_empty((), dtype=dtype).expand(batch, slots, *c.shape[2:]) for c in (k_cache, v_cache))
+    return keys, values
 
 
 def _validate(
@@ -234,7 +248,8 @@ def _lengths(
     if isinstance(cache_seqlens, int):
         _require(
             0 <= cache_seqlens <= slots - new,
-            f"cache_seqlens is {cache_seqlens}, but the cache holds {slots} keys, {new} of them needed for k.",
+            # Made only for the error: torch.compile puts no symbolic number into a text.
+            lambda: f"cache_seqlens is {cache_seqlens}, but the cache holds {slots} keys, {new} of them needed for k.",
         )
         return torch.full((batch,), cache_seqlens, dtype=torch.int64, device=device)
     _require(

@@ -11,6 +11,7 @@ The Library API is used on purpose: an op made with the ``custom_op`` decorator 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch
-from .inputs import AttentionInputs
+from .inputs import AttentionInputs, CallSignature
 from .masks import AttentionMask, PackedSequences, visible
 from .paged import gather_pages
 from .providers import PROVIDERS, AttentionOutput
@@ -41,6 +42,10 @@ _ARGUMENTS = (
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
 _library.define(f"attention({_ARGUMENTS}) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(f"attention_forward({_ARGUMENTS}) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define(
+    f"paged_attention_forward(Tensor k_cache, Tensor v_cache, Tensor block_table, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
 _library.define(
     "attention_backward(Tensor dout, Tensor out, Tensor softmax_lse, "
     f"{_ARGUMENTS}, bool bias_grad, bool sinks_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -141,6 +146,20 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[T
     return out, query.new_empty(batch, nheads, seqlen_q, dtype=torch.float32)
 
 
+def _paged_forward(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, name = _from_arguments(*arguments)
+    provider = PROVIDERS[name]
+    output = provider.forward_paged(inputs, k_cache, v_cache, block_table)
+    if output is None:
+        output = provider.forward(_gathered(inputs, k_cache, v_cache, block_table))
+    assert output.softmax_lse is not None
+    return output.out, output.softmax_lse
+
+
+def _paged_forward_fake(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _forward_fake(*arguments)
+
+
 def _backward(dout: Tensor, out: Tensor, softmax_lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *call, bias_grad, sinks_grad = arguments
     inputs, provider = _from_arguments(*call)
@@ -171,6 +190,7 @@ def _backward_fake(dout: Tensor, out: Tensor, softmax_lse: Tensor, *arguments: A
 for _name, _real, _fake in (
     ("attention", _forward, _forward_fake),
     ("attention_forward", _forward, _forward_fake),
+    ("paged_attention_forward", _paged_forward, _paged_forward_fake),
     ("attention_backward", _backward, _backward_fake),
 ):
     _library.impl(_name, _real, "CompositeExplicitAutograd")
@@ -185,13 +205,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _autograd_backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Any, ...]:
+def _autograd_backward(
+    ctx: Any, dout: Tensor | None, _dlse: Tensor | None, compute: Callable[..., tuple[Tensor, ...]] | None = None
+) -> tuple[Any, ...]:
     *tensors, out, softmax_lse = ctx.saved_tensors
     grads: list[Any] = [None] * (_N_TENSORS + len(ctx.constants))
     if dout is None:
         return tuple(grads)
     bias_grad, sinks_grad = ctx.needs_input_grad[6], ctx.needs_input_grad[9]
-    dq, dk, dv, dbias, dsinks = torch.ops.hf_flash_plus.attention_backward(
+    dq, dk, dv, dbias, dsinks = (compute or torch.ops.hf_flash_plus.attention_backward)(
         dout, out, softmax_lse, *tensors, *ctx.constants, bias_grad, sinks_grad
     )
     grads[:3] = [dq, dk, dv]
@@ -202,10 +224,17 @@ def _autograd_backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> t
     return tuple(grads)
 
 
+#: What to do where kernels cannot follow. torch's SDPA is no advice: its fused kernels have one derivative, too.
+_ANY_DERIVATIVE = (
+    'compute the call inside `with hf_flash_plus.use_provider("reference"):`, which is made of operations of torch and '
+    "has derivatives of every kind and order."
+)
+
+
 def _no_double_backward(ctx: Any, *_: Any) -> None:
     raise NotImplementedError(
-        "the kernels of hf_flash_plus have no second derivative; for create_graph=True use "
-        "hf_flash_plus.use_provider('torch_sdpa') or 'reference', which autograd differentiates any number of times."
+        "the kernels of hf_flash_plus have no second derivative (create_graph=True, nested transforms of torch.func); "
+        f"{_ANY_DERIVATIVE}"
     )
 
 
@@ -235,19 +264,84 @@ class _Attention(torch.autograd.Function):
             return (None,) * 7
         *tensors, out, softmax_lse = ctx.saved_tensors
         *_, bias_grad, sinks_grad = ctx.needs_input_grad
-        # With create_graph the op says that there is no second derivative.
-        compute = torch.ops.hf_flash_plus.attention_backward if torch.is_grad_enabled() else _backward
+        # With create_graph the op says that there is no second derivative; batched gradients it takes one by one.
+        watching = torch.is_grad_enabled() or watched() or torch._C._functorch.is_legacy_batchedtensor(dout)
+        compute = torch.ops.hf_flash_plus.attention_backward if watching else _backward
         dq, dk, dv, dbias, dsinks = compute(dout, out, softmax_lse, *tensors, *ctx.constants, bias_grad, sinks_grad)
         dsinks = dsinks.to(tensors[9].dtype) if sinks_grad else None
         return None, None, dq, dk, dv, dbias if bias_grad else None, dsinks
 
 
+#: An error with fullgraph=True only: elsewhere torch.compile leaves the function that raises it as it stands.
+_NOT_COMPILED = (
+    "torch.compile(fullgraph=True) has no way to take the kernels of hf_flash_plus through transforms of torch.func "
+    f"(grad, vjp, vmap, jvp, ...): compile without fullgraph, or {_ANY_DERIVATIVE}"
+)
+
+
+def _no_forward_mode(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "the kernels of hf_flash_plus have no derivative in forward mode (torch.func.jvp, jacfwd, linearize, dual "
+        f"tensors), and q, k, v, the bias or s_aux has a tangent; {_ANY_DERIVATIVE}"
+    )
+
+
+class _Transformed(torch.autograd.Function):
+    """The differentiable op for transforms of ``torch.func`` and dual tensors.
+
+    The gradient registered with the op is none that transforms accept, and the dispatcher would drop tangents, and
+    gradients of batched tensors, without an error. Here every transform finds a rule, or is refused.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        out, softmax_lse = torch.ops.hf_flash_plus.attention_forward(*arguments)
+        return out, softmax_lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:_N_TENSORS], *output)  # vmap looks for them before it calls jvp
+
+    jvp = staticmethod(_no_forward_mode)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Any, ...]:
+        return _autograd_backward(ctx, dout, _dlse, _TransformedBackward.apply)
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """The backward of :class:`_Transformed`: it can be batched, but has no derivatives of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.hf_flash_plus.attention_backward(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing to keep: neither direction is computed."""
+
+    jvp = staticmethod(_no_forward_mode)
+    backward = staticmethod(_no_double_backward)
+
+
+def autocast_dtype(query: Tensor) -> torch.dtype | None:
+    """The dtype in which ``torch.autocast`` has attention of such queries computed; None where it is not enabled."""
+    device_type = query.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type) or query.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def _autocast(inputs: AttentionInputs) -> AttentionInputs:
     """Under ``torch.autocast``: q, k, v (and a floating bias) in its dtype, as torch casts for its own SDPA."""
-    device_type = inputs.query.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type) or inputs.query.dtype == torch.float64:
+    dtype = autocast_dtype(inputs.query)
+    if dtype is None:
         return inputs
-    dtype = torch.get_autocast_dtype(device_type)
     bias = inputs.mask.bias
     mask = inputs.mask
     if bias is not None and bias.dtype not in (torch.bool, dtype):
@@ -302,6 +396,8 @@ def attention(inputs: AttentionInputs, caller: str = "attention", unwritten_keys
         name = dispatch.select_name(tuple(signature))
         provider = PROVIDERS[name]
     else:
+        if _transforms():
+            signature = _below_transforms(inputs, signature)
         selection = dispatch.select_provider(signature)
         provider, name = selection.provider, selection.provider.name
         if logger.isEnabledFor(logging.DEBUG):
@@ -310,7 +406,11 @@ def attention(inputs: AttentionInputs, caller: str = "attention", unwritten_keys
     if provider.differentiable:
         if unwritten_keys and provider.reads_hidden_keys:
             inputs = _without_hidden_keys(inputs)
-        return provider.forward(inputs)
+        output = provider.forward(inputs)
+        if output.softmax_lse is not None:
+            # As from kernels, which have no gradient for it: who serves a call must not change what a loss trains.
+            output = output._replace(softmax_lse=output.softmax_lse.detach())
+        return output
     if inputs.dropout_p > 0.0 and inputs.dropout_seed is None:
         # Drawn by an ordinary random op: obeys torch.manual_seed, gradient checkpointing and CUDA graph capture.
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=inputs.query.device)
@@ -324,7 +424,13 @@ def attention(inputs: AttentionInputs, caller: str = "attention", unwritten_keys
             inputs, name, inputs.query, inputs.key, inputs.value, inputs.mask.bias, inputs.sinks
         )
         return AttentionOutput(out, softmax_lse)
-    op = torch.ops.hf_flash_plus.attention if signature.needs_grad else torch.ops.hf_flash_plus.attention_forward
+    op: Callable[..., tuple[Tensor, Tensor]]
+    if _transformed():
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(_NOT_COMPILED)
+        op = _Transformed.apply  # for every call: that no tensor requires a gradient says nothing about tangents
+    else:
+        op = torch.ops.hf_flash_plus.attention if signature.needs_grad else torch.ops.hf_flash_plus.attention_forward
     out, softmax_lse = op(*_to_arguments(inputs, name))
     return AttentionOutput(out, softmax_lse)
 
@@ -342,6 +448,40 @@ def watched() -> bool:
     """Whether somebody needs to see torch's operations one by one: functorch transforms, dispatch modes (``make_fx``),
     ``torch.jit.trace``, differentiation in forward mode. A launch would pass them by, without an error."""
     return bool(_transforms() or _dispatch_modes() or _tracing() or forward_ad._current_level >= 0)
+
+
+def _transformed() -> bool:
+    """Whether a transform of ``torch.func``, or differentiation in forward mode, is under way. Read where
+    ``torch.compile`` sees it, so that code compiled outside of dual levels is not run inside."""
+    return _inside_transforms() or forward_ad._current_level >= 0
+
+
+def _inside_transforms() -> bool:
+    return bool(_transforms())
+
+
+# Asked while a graph is traced; torch.compile guards this answer by itself. (As for dispatch.select_name.)
+_inside_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _below_transforms(inputs: AttentionInputs, signature: CallSignature) -> CallSignature:
+    """The signature with the gradients that transforms will ask for: a batched tensor in ``grad(vmap(...))`` says that
+    it needs none, but stands for one that does."""
+    if not torch.is_grad_enabled():
+        return signature
+    bias = inputs.mask.bias
+    bias_grad = bias is not None and _needs_gradient(bias)
+    tensors = (inputs.query, inputs.key, inputs.value, inputs.sinks)
+    needs_grad = bias_grad or any(t is not None and _needs_gradient(t) for t in tensors)
+    return signature._replace(needs_grad=needs_grad, bias_grad=bias_grad)
+
+
+def _needs_gradient(tensor: Tensor) -> bool:
+    while not tensor.requires_grad:
+        if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
 
 
 # Private, but what torch's own libraries ask; where one is missing, every call goes through the dispatcher.
@@ -391,11 +531,24 @@ def paged_attention(
             ``(batch, max_blocks * page_size, ...)``.
         k_cache, v_cache, block_table: as in :meth:`~hf_flash_plus.providers.base.Provider.forward_paged`.
     """
-    selection = dispatch.select_provider(inputs.signature())
-    output = selection.provider.forward_paged(inputs, k_cache, v_cache, block_table)
-    if output is None:
-        gathered = replace(inputs, key=gather_pages(k_cache, block_table), value=gather_pages(v_cache, block_table))
-        return attention(gathered, caller, unwritten_keys=True)
-    if logger.isEnabledFor(logging.DEBUG):
-        _debug(inputs, caller, selection.provider.name, f"{selection.why}, from pages")
-    return output
+    same_dtype = inputs.query.dtype == k_cache.dtype == v_cache.dtype
+    if torch.compiler.is_compiling():
+        name = dispatch.select_name(tuple(inputs.signature()))
+        if same_dtype and not PROVIDERS[name].differentiable and not _transformed():
+            # One op, which finds out when it runs whether the provider reads pages.
+            out, softmax_lse = torch.ops.hf_flash_plus.paged_attention_forward(
+                k_cache, v_cache, block_table, *_to_arguments(inputs, name)
+            )
+            return AttentionOutput(out, softmax_lse)
+    elif same_dtype and _nobody_watches(inputs.query):
+        selection = dispatch.select_provider(inputs.signature())
+        output = selection.provider.forward_paged(inputs, k_cache, v_cache, block_table)
+        if output is not None:
+            if logger.isEnabledFor(logging.DEBUG):
+                _debug(inputs, caller, selection.provider.name, f"{selection.why}, from pages")
+            return output
+    return attention(_gathered(inputs, k_cache, v_cache, block_table), caller, unwritten_keys=True)
+
+
+def _gathered(inputs: AttentionInputs, k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> AttentionInputs:
+    return replace(inputs, key=gather_pages(k_cache, block_table), value=gather_pages(v_cache, block_table))

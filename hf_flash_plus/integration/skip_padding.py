@@ -59,6 +59,7 @@ def skip_padding(model: nn.Module) -> SkippedPadding:
         A handle; also a context manager.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: nothing in the model is an encoder of these families.
 
     Example:
@@ -71,6 +72,8 @@ def skip_padding(model: nn.Module) -> SkippedPadding:
         >>> hidden[1].any(dim=-1)
         tensor([ True,  True, False, False])
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     bases = [module for module in model.modules() if _is_base(module)]
     if not bases:
         raise ValueError(

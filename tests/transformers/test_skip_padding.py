@@ -129,3 +129,5 @@ def test_it_can_be_undone_and_copied() -> None:
 def test_models_without_such_an_encoder_are_refused() -> None:
     with pytest.raises(ValueError, match=r"found no encoder in Linear.*bert"):
         hf_flash_plus.skip_padding(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
+        hf_flash_plus.skip_padding(None)

@@ -287,6 +287,36 @@ def test_decoding_step_by_step_is_one_causal_call() -> None:
     assert torch.equal(k_cache[:, :length], k)
 
 
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("appends", [False, True])
+@pytest.mark.parametrize(("of_q", "of_cache"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_autocast_joins_dtypes_as_the_error_message_promises(
+    of_q: str, of_cache: str, appends: bool, paged: bool
+) -> None:
+    q = randn(BATCH, 2, HEADS, DIM).to(getattr(torch, of_q))
+    cache = randn(6, 4, HEADS_K, DIM, seed=4) if paged else randn(BATCH, 8, HEADS_K, DIM, seed=4)
+    cache = cache.to(getattr(torch, of_cache))
+    new = randn(BATCH, 2, HEADS_K, DIM, seed=2).to(cache.dtype) if appends else None
+    table = torch.tensor([[4, 1], [0, 5]], dtype=torch.int32) if paged else None
+
+    def call(q: Tensor, cache: Tensor, new: Tensor | None) -> Tensor:
+        out: Tensor = hfp.flash_attn_with_kvcache(
+            q, cache, cache.clone(), new, new, cache_seqlens=5, block_table=table, causal=True
+        )
+        return out
+
+    before = cache.clone()
+    with pytest.raises(ValueError, match=r"or run under torch\.autocast"):
+        call(q, cache, new)
+    assert torch.equal(cache, before)
+    want = call(q.double(), cache.double(), None if new is None else new.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call(q, cache, new)
+    assert out.dtype == torch.bfloat16
+    assert_close(out, want, torch.bfloat16)
+    assert cache.dtype == before.dtype and torch.equal(cache, before) == (not appends)
+
+
 def test_forward_only() -> None:
     case = Case(new=0)
     out = hfp.flash_attn_with_kvcache(case.q.requires_grad_(), case.k_cache, case.v_cache)

@@ -20,6 +20,10 @@ def t(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> T
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
+def cu(*ends: int) -> Tensor:
+    return torch.tensor(ends, dtype=torch.int32)
+
+
 class Bad(NamedTuple):
     """A call with one thing wrong: what raises, and what the message must say (the name, what came, what goes)."""
 
@@ -422,6 +426,48 @@ def test_a_bad_call_after_a_good_one_that_looks_the_same() -> None:
     masked(key_mask=t(2, 6, dtype=torch.bool), key_holes=t(2, dtype=INT))()
     with pytest.raises(ValueError, match="key_holes"):
         masked(key_holes=t(2, dtype=INT))()
+
+
+def test_packed_alone_is_refused_also_after_a_call_that_looks_the_same() -> None:
+    packed = PackedSequences(cu(0, 1, 4), cu(0, 1, 4), 3, 3, True, (-1, -1))
+    tensors = (t(1, 4, 4, 8), t(1, 4, 2, 8), t(1, 4, 2, 8))
+    hfp.attention(*tensors, AttentionMask())
+    with pytest.raises(ValueError, match=r"packed was given without the row_intervals .* flash_attn_varlen_func"):
+        hfp.attention(*tensors, AttentionMask(packed=packed))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    np = pytest.importorskip("numpy")
+    four, small = np.int64(4), np.float32(0.25)
+    q = torch.randn(1, 8, 2, 16, generator=torch.Generator().manual_seed(1))
+    pairs: list[Callable[[Any, Any, Any], Any]] = [
+        lambda n, x, i: hfp.flash_attn_func(q, q, q, softmax_scale=x, softcap=x, window_size=(n, i)),
+        lambda n, x, i: hfp.attention(q, q, q, AttentionMask(window=(n, i)), softmax_scale=x, softcap=x),
+        lambda n, x, i: hfp.attention(q, q, q, AttentionMask(window=(type(n)(-1), type(i)(-1)))),
+        lambda n, x, i: hfp.flash_attn_varlen_func(q[0], q[0], q[0], cu(0, 4, 8), cu(0, 4, 8), n, n, softmax_scale=x),
+        lambda n, x, i: hfp.flash_attn_varlen_qkvpacked_func(torch.stack((q[0],) * 3, 1), cu(0, 4, 8), n, 0.0, x),
+        lambda n, x, i: hfp.flash_attn_with_kvcache(q, q, q, cache_seqlens=n, softmax_scale=x, softcap=x, num_splits=i),
+        lambda n, x, i: hfp.flash_attn_with_kvcache(q, q, q, cache_seqlens=n, window_size=(n, i)),
+    ]
+    for call in pairs:
+        assert torch.equal(call(four, small, np.int32(0)), call(4, 0.25, 0))
+    dropped = []
+    for p in (small, 0.25):
+        torch.manual_seed(1)
+        dropped.append(hfp.flash_attn_func(q, q, q, dropout_p=p))
+    assert torch.equal(*dropped)
+    for wrong, name in (
+        (lambda: hfp.flash_attn_func(q, q, q, softmax_scale=np.float32("nan")), "softmax_scale"),
+        (lambda: hfp.flash_attn_func(q, q, q, dropout_p=np.float64(1.0)), "dropout_p"),
+        (lambda: hfp.flash_attn_func(q, q, q, window_size=(np.float32(1.0), 0)), "window_size"),
+        (lambda: hfp.attention(q, q, q, AttentionMask(window=(np.float32(1.0), 0))), "window_size"),
+        (lambda: hfp.flash_attn_with_kvcache(q, q, q, cache_seqlens=np.float32(4.0)), "cache_seqlens"),
+        (lambda: hfp.flash_attn_with_kvcache(q, q, q, num_splits=np.float32(1.0)), "num_splits"),
+        (lambda: hfp.flash_attn_varlen_func(q[0], q[0], q[0], cu(0, 8), cu(0, 8), np.float32(8), 8), "max_seqlen_q"),
+        (lambda: hfp.flash_attn_varlen_func(q[0], q[0], q[0], cu(0, 1), cu(0, 1), True, 1), "max_seqlen_q"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            wrong()
 
 
 def test_a_window_of_floats_after_one_of_integers() -> None:

@@ -11,6 +11,7 @@ import transformers as tf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_flash_plus import AttentionMask, attention
+from hf_flash_plus.integration import mask_interface
 from hf_flash_plus.integration.attention import flash_plus_attention
 
 from .tiny import build, ids
@@ -121,6 +122,53 @@ def test_other_lengths_of_the_keys() -> None:
     call(torch.tensor([0, 3, 6], dtype=torch.int32), cu_q)
     other = torch.tensor([0, 4, 9], dtype=torch.int32)
     assert torch.equal(call(other, cu_q), call(other, cu_q.clone()))
+
+
+def _layer(attention_mask: torch.Tensor | None, **said: Any) -> torch.Tensor:
+    """One attention call of twelve rows, always of the same numbers."""
+    module = torch.nn.Module()
+    module.is_causal = True
+    query, key, value = torch.randn(3, 1, 2, 12, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    return flash_plus_attention(module, query, key, value, attention_mask, **said)[0]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_buffers_that_are_filled_anew_between_calls(inference: bool) -> None:
+    """With one mask for both calls, and with none."""
+    with torch.inference_mode(inference):
+        carried = mask_interface.flash_plus_mask(1, 12, 12)
+        first, other = lengths(7)["cu_seq_lens_q"].clone(), lengths(5)["cu_seq_lens_q"]
+        masks = [None] if inference else [None, carried]  # a model makes its mask anew for each forward
+        for mask in masks:
+            cu = first.clone()
+            before = _layer(mask, cu_seq_lens_q=cu)
+            cu.copy_(other)
+            after = _layer(mask, cu_seq_lens_q=cu)
+            assert not torch.equal(before, after)
+            assert torch.equal(after, _layer(mask, cu_seq_lens_q=other.clone()))
+        if not inference:
+            positions = torch.arange(12)[None].clone()
+            before = _layer(carried, position_ids=positions)
+            positions.copy_(POSITIONS)
+            assert torch.equal(_layer(carried, position_ids=positions), _layer(carried, position_ids=POSITIONS.clone()))
+            assert not torch.equal(_layer(carried, position_ids=positions), before)
+
+
+@torch.no_grad()
+def test_positions_that_jump_begin_a_document() -> None:
+    """As Transformers takes them without a cache."""
+    jump = torch.cat([torch.arange(5), torch.arange(50, 57)])[None]
+    want = build("llama", "eager")(X, position_ids=jump, use_cache=False).logits
+    for use_cache in (False, True):
+        assert_close(build("llama", "flash_plus")(X, position_ids=jump, use_cache=use_cache).logits, want)
+
+
+@pytest.mark.parametrize("shape", [(1, 11), (3, 1, 12), (2, 12)], ids=str)
+def test_positions_of_other_rows_say_nothing(shape: tuple[int, ...]) -> None:
+    positions = torch.zeros(shape, dtype=torch.long)
+    carried = mask_interface.flash_plus_mask(1, 12, 12)
+    for mask in (None, carried):
+        assert torch.equal(_layer(mask, position_ids=positions), _layer(mask))
 
 
 @pytest.mark.parametrize("part", ["row_intervals", "key_mask"])

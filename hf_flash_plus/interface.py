@@ -211,6 +211,9 @@ def flash_attn_func(
     Raises:
         TypeError, ValueError: malformed arguments (which one, what came, what is allowed).
         NoProviderError: no provider can serve the call (all reasons).
+        NotImplementedError: through a kernel, forward-mode differentiation, a second derivative (when it is computed),
+            or a transform of ``torch.func`` in ``torch.compile(fullgraph=True)``; ``use_provider("reference")`` has
+            them.
 
     Example:
         >>> import torch

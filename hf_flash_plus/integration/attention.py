@@ -53,8 +53,8 @@ def flash_plus_attention(
         cache: a ``PagedAttentionCache``, in continuous batching.
         position_bias: added to the scores, broadcastable to ``(batch, nheads, seqlen_q, seqlen_k)`` (T5).
         indices: ``(batch, seqlen_q, topk)``, the keys that sparse attention (DSA) chose; the others are hidden.
-        kwargs: of these ``position_ids``, ``cu_seq_lens_q/k``, ``max_length_q/k`` (packed batches) and
-            ``output_attentions`` are read.
+        kwargs: of these ``position_ids`` and ``cu_seq_lens_q/k`` (packed batches, see ``packing.py``) and
+            ``output_attentions`` are read; ``max_length_q/k`` say nothing that the lengths do not.
 
     Returns:
         ``(output (batch, seqlen_q, nheads, head_dim), weights)``; the weights are None unless
@@ -62,7 +62,7 @@ def flash_plus_attention(
 
     Raises:
         NotImplementedError: ``block_indices`` (block-sparse attention), or a call that no provider serves.
-        ValueError: a mask that cannot be understood.
+        ValueError: a mask that cannot be understood, or ``cu_seq_lens_q/k`` that do not describe the call.
     """
     short = (
         query.shape[2] == 1
@@ -164,8 +164,10 @@ def _understand(
     if attention_mask.dim() == 4 and (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
         bias = attention_mask[..., :seqlen_k]
         if bias.dtype == torch.bool and seqlen_q == 1 and bias.shape[1] == 1 and bias.shape[2] == 1:
-            return AttentionMask(key_mask=bias[:, 0, 0, :])  # one row: a dense mask is a key mask
-        return packing.by_lengths(AttentionMask(bias=bias), query, key, kwargs)
+            mask = AttentionMask(key_mask=bias[:, 0, 0, :])  # one row: a dense mask is a key mask
+        else:
+            mask = AttentionMask(bias=bias)
+        return packing.by_lengths(mask, query, key, kwargs)
     if attention_mask.dim() == 2:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
         padded = _padding(attention_mask, _flags(bool(causal), sliding_window), seqlen_q, seqlen_k)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from .. import ops
 from ..masks import CAUSAL, FULL, TO_LAST_KEY, AttentionMask, intersect_intervals, key_mask_intervals, run_bounds
 from ..providers import PROVIDERS
 from . import carrier
@@ -221,19 +222,15 @@ def _dense(arguments: dict[str, Any]) -> Tensor | None:
 
 def _one_token(device: torch.device) -> Tensor:
     """The carrier of one query row that sees every key, made once per device: the mask of most decoding steps."""
-    pretending = _modes_above() > 0  # FakeTensorMode and its like: what they make is of no use outside, nor the reverse
-    found = None if pretending else _one_token_carriers.get(device)
+    watched = ops.watched()  # by FakeTensorMode or its like: what is made there is of no use outside, nor the reverse
+    found = None if watched else _one_token_carriers.get(device)
     if found is None or getattr(found, "_version", 0) != 0:
         with torch.inference_mode(False):
             intervals = torch.tensor([[[0, TO_LAST_KEY]]], dtype=torch.int32, device=device)
             found = carrier.encode(intervals, None, None, carrier.Carried(CAUSAL))
-        if not pretending:
+        if not watched:
             _one_token_carriers[device] = found
     return found
-
-
-#: How many of torch's dispatch modes are on. A private function, which has been there since torch 2.0.
-_modes_above: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 def _launches_on(device: torch.device) -> bool:
@@ -333,9 +330,9 @@ def flash_plus_mask(
     if compiling and not plain:
         return _dense(arguments)
     aligned = not isinstance(q_offset, Tensor) and q_offset - kv_offset + q_length == kv_length
-    flags = _flags(mask_function) if aligned and attention_mask is None and not compiling else None
     device = torch.device(device)
     if q_length == 1 and not compiling:
+        flags = _flags(mask_function) if aligned and attention_mask is None else None
         if flags is not None and (not flags.windowed or (flags.causal and kv_length <= flags.window[0] + 1)):
             return _one_token(device)  # the whole window is there to be seen: a sliding cache keeps no more
         if device.type in DENSE_ONE_ROW:

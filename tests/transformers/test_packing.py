@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hf_flash_plus import AttentionMask, attention
 from hf_flash_plus.integration import mask_interface
@@ -171,6 +171,14 @@ def test_positions_of_other_rows_say_nothing(shape: tuple[int, ...]) -> None:
         assert torch.equal(_layer(mask, position_ids=positions), _layer(mask))
 
 
+def test_lengths_beside_a_mask_of_one_row() -> None:
+    module = torch.nn.Module()
+    query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 12, 8)
+    said = dict(cu_seq_lens_q=torch.tensor([0, 1], dtype=torch.int32))
+    with pytest.raises(ValueError, match="beside an attention mask for 1 queries and 12 keys"):
+        flash_plus_attention(module, query, key, key, torch.ones(1, 1, 1, 12, dtype=torch.bool), **said)
+
+
 @pytest.mark.parametrize("part", ["row_intervals", "key_mask"])
 @pytest.mark.parametrize("inference", [False, True])
 def test_masks_changed_in_place(part: str, inference: bool) -> None:
@@ -220,6 +228,17 @@ def test_a_dry_run_leaves_nothing_behind() -> None:
             fake = tf.LlamaForCausalLM._from_config(config, attn_implementation="flash_plus")
             chunks(fake, torch.zeros(2, 12, dtype=torch.long))
         assert type(chunks(build("llama", "flash_plus"), ids(2, 12))) is torch.Tensor
+
+
+def test_the_mask_of_one_token_is_made_anew_in_a_dry_run() -> None:
+    """Elsewhere it is made once."""
+    assert mask_interface.flash_plus_mask(1, 1, 12, q_offset=11) is mask_interface.flash_plus_mask(
+        1, 1, 13, q_offset=12
+    )
+    with FakeTensorMode():
+        fake = mask_interface.flash_plus_mask(1, 1, 12, q_offset=11)
+    assert isinstance(fake, FakeTensor)
+    assert type(mask_interface.flash_plus_mask(1, 1, 12, q_offset=11)) is torch.Tensor
 
 
 @torch.no_grad()

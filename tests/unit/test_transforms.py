@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import hf_flash_plus as hfp
 from hf_flash_plus import AttentionMask, NoProviderError, use_provider
-from hf_flash_plus.inputs import CallSignature
+from hf_flash_plus.inputs import AttentionInputs, CallSignature
+from hf_flash_plus.paged import gather_pages
 
 from .toy import ToyProvider, registered
 
@@ -120,14 +122,49 @@ FORWARD_MODE: dict[str, Callable[[], Tensor | None]] = {
 }
 
 
-@pytest.mark.parametrize("case", FORWARD_MODE)
-def test_forward_mode_through_kernels_is_refused_with_advice_that_works(case: str) -> None:
-    with use_provider("toy"), pytest.raises(NotImplementedError, match="forward mode") as caught:
-        FORWARD_MODE[case]()
+def refused(compute: Callable[[], Tensor | None], why: str) -> Tensor | None:
+    """What the advice of the refusal leads to."""
+    with use_provider("toy"), pytest.raises(NotImplementedError, match=why) as caught:
+        compute()
     assert 'with hf_flash_plus.use_provider("reference")' in str(caught.value)
     with use_provider("reference"):
-        tangent = FORWARD_MODE[case]()
+        return compute()
+
+
+@pytest.mark.parametrize("case", FORWARD_MODE)
+def test_forward_mode_through_kernels_is_refused_with_advice_that_works(case: str) -> None:
+    tangent = refused(FORWARD_MODE[case], "forward mode")
     assert tangent is not None and tangent.abs().sum() > 0
+
+
+class PagedToy(ToyProvider):
+    """Its kernel reads pages itself."""
+
+    name = "paged_toy"
+
+    def forward_paged(self, inputs: AttentionInputs, k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> Any:
+        self.calls.append("paged")
+        keys, values = gather_pages(k_cache, block_table), gather_pages(v_cache, block_table)
+        return self.forward(replace(inputs, key=keys, value=values))
+
+
+def test_kernels_that_read_pages_never_see_a_transformed_tensor() -> None:
+    toy = PagedToy()
+    pages, table = K.reshape(2, 5, 2, 8), torch.tensor([[1], [0]], dtype=torch.int32)
+
+    def decode(q: Tensor) -> Tensor:
+        out: Tensor = hfp.flash_attn_with_kvcache(q[:, :1], pages, pages, cache_seqlens=4, block_table=table)
+        return out
+
+    with registered(toy), use_provider("paged_toy"):
+        want = decode(Q)
+        assert toy.calls == ["paged", "forward"]
+        toy.calls.clear()
+        got = vmap(decode)(Q[None])[0]
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            jvp(decode, (Q,), (TANGENT,))
+        assert "paged" not in toy.calls
+    torch.testing.assert_close(got, want)
 
 
 def test_forward_mode_of_inline_providers() -> None:
@@ -154,11 +191,8 @@ SECOND: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("case", SECOND)
 def test_second_derivatives_are_refused_with_advice_that_works(case: str) -> None:
-    with use_provider("toy"), pytest.raises(NotImplementedError, match="second derivative") as caught:
-        SECOND[case]()
-    assert 'with hf_flash_plus.use_provider("reference")' in str(caught.value)
-    with use_provider("reference"):
-        assert SECOND[case]().abs().sum() > 0
+    derivative = refused(SECOND[case], "second derivative")
+    assert derivative is not None and derivative.abs().sum() > 0
 
 
 def test_batched_tensors_that_need_gradients_choose_a_provider_that_has_them() -> None:

@@ -62,7 +62,7 @@ def _run_case(
     wanted = config.layers if case.decoding else 1
     layers, n_caches = chain.length(wanted, case, problem.q.element_size(), chain.l2_bytes(device))
     # One for each cache of a chain, or just the one.
-    problems = [problem, *(Problem(case, config.dtype, device, seed) for seed in range(1, n_caches))]
+    problems = [problem, *(Problem(case, config.dtype, device, seed, problem) for seed in range(1, n_caches))]
     references = [Reference(problem, direction == "backward") for problem in problems]
     rows: dict[str, Row] = {}
     calls: dict[str, Callable[[], Any] | Chain] = {}

@@ -87,7 +87,7 @@ def _ours(provider: str | None) -> Callable[[Problem, bool], Prepared]:
 
 
 def _paged(problem: Problem, provider: str | None) -> Prepared:
-    """From pages, as continuous batching reads them; the row intervals are made once, as for all layers."""
+    """From pages, as continuous batching reads them; all layers have one block table and the same row intervals."""
     from .. import ops
     from ..dispatch import use_provider
     from ..inputs import AttentionInputs, validate
@@ -96,7 +96,7 @@ def _paged(problem: Problem, provider: str | None) -> Prepared:
     q, case = problem.q, problem.case
     k_pages, v_pages, table = problem.pages
     keys, values = (t.new_empty(()).expand(case.batch, case.seqlen, *t.shape[2:]) for t in (k_pages, v_pages))
-    inputs = AttentionInputs(q, keys, values, problem.scale, AttentionMask(row_intervals=problem.intervals.clone()))
+    inputs = AttentionInputs(q, keys, values, problem.scale, AttentionMask(row_intervals=problem.page_intervals))
     validate(inputs)
 
     def forward() -> Tensor:

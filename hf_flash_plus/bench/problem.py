@@ -20,9 +20,14 @@ class Problem:
     Attributes:
         q, k, v: ``(batch, seqlen, heads, head_dim)``, drawn from a normal distribution.
         dout: gradient of the output; 0 on padded rows.
+        layer_0: the problem of the first layer, whose block table and row intervals all layers of a decoding step
+            share; None for the first one itself.
     """
 
-    def __init__(self, case: Case, dtype: str, device: torch.device, seed: int = 0) -> None:
+    def __init__(
+        self, case: Case, dtype: str, device: torch.device, seed: int = 0, layer_0: Problem | None = None
+    ) -> None:
+        self.layer_0 = layer_0
         self.case, self.device, self.dtype = case, device, TORCH_DTYPES[dtype]
         generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -121,13 +126,26 @@ class Problem:
     def pages(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values in pages ``(pages, page_size, kv_heads, head_dim)`` in random order, and the block table."""
         case = self.case
-        per_row = case.seqlen // case.page_size
-        order = torch.randperm(case.batch * per_row, generator=torch.Generator().manual_seed(0)).to(self.device)
+        if self.layer_0 is not None:
+            table = self.layer_0.pages[2]
+        else:
+            table = self._draw_block_table()
+        order = table.flatten().long()
         shape = (-1, case.page_size, case.kv_heads, case.head_dim)
         k_pages, v_pages = (
             torch.empty_like(t).view(shape).index_copy_(0, order, t.view(shape)) for t in (self.k, self.v)
         )
-        return k_pages, v_pages, order.view(case.batch, per_row).to(torch.int32)
+        return k_pages, v_pages, table
+
+    def _draw_block_table(self) -> Tensor:
+        per_row = self.case.seqlen // self.case.page_size
+        order = torch.randperm(self.case.batch * per_row, generator=torch.Generator().manual_seed(0))
+        return order.view(self.case.batch, per_row).to(self.device, torch.int32)
+
+    @cached_property
+    def page_intervals(self) -> Tensor:
+        """The row intervals of the keys in pages, int32 ``(batch, rows, 2)``."""
+        return self.intervals.clone() if self.layer_0 is None else self.layer_0.page_intervals
 
     @cached_property
     def dense_mask(self) -> Tensor | None:

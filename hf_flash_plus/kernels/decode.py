@@ -4,7 +4,7 @@ One program computes one split of one key head for one tile of rows. A tile hold
 the key head, ``(query head of the group, query row)`` with the row varying fastest, so that each key is read once. The
 splits divide the keys that the rows of the batch element really see (from flags or row intervals, read on the device),
 not the slots of the cache: a static cache that is mostly empty, a window or left padding leave no program idle. The
-program of a tile of rows that finishes last combines its splits by their log-sum-exps, in the order of the keys: no
+program of a tile of rows that finishes last combines its splits by their log-sum-exps, always in the same order: no
 second launch, and the same bits every time. That needs counters that are zero before; where nobody can keep them (CUDA
 graphs), :func:`attention_decode_combine` does it in a launch of its own.
 """
@@ -141,9 +141,18 @@ def attention_decode(
     PRECISE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     # A tile of keys lies in one page: its place is looked up once, not for each key.
     ONE_PAGE: tl.constexpr = PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0
+    # A tile of keys is several whole pages: where a key lies in its page is the same in every tile.
+    WHOLE_PAGES: tl.constexpr = PAGE_SIZE > 0 and not ONE_PAGE and BLOCK_N % PAGE_SIZE == 0
     # Keys between the bounds of all rows that are hidden all the same: with a key mask, if its holes say so.
     HIDDEN: tl.constexpr = HAS_KEY_MASK or BOOL_BIAS
     PHASES: tl.constexpr = 1 if ONE_ROW and not HIDDEN else 2
+    # The pages of a tile are looked up a tile ahead, by us: left to the compiler, the block table has copies and waits
+    # of its own in the pipeline (which then needs more stages, see `decode_launch`).
+    LOOK_AHEAD: tl.constexpr = (ONE_PAGE or WHOLE_PAGES) and PHASES == 1
+    # Splits take tiles in turn, so that all of them read neighbouring keys at a time; else each has keys in one piece.
+    IN_TURN: tl.constexpr = PHASES == 1 and PREFETCH == 0 and parts_ptr is not None
+    # The place of a split's first tile then depends on the first key that is seen alone.
+    GUESSED: tl.constexpr = LOOK_AHEAD and PREFETCH == 0
 
     if EARLY and parts_ptr is not None and counters_ptr is None:
         gdc_launch_dependents()  # the combination waits for all of this launch, but its own start is then behind it
@@ -181,6 +190,14 @@ def attention_decode(
     else:
         table_ptr += batch * table_stride_b
 
+    if WHOLE_PAGES:
+        local_pages = local_keys // PAGE_SIZE
+    else:
+        local_pages = 0
+    if GUESSED:
+        # On its way with the row intervals: right where they begin with the first page.
+        guess = split * BLOCK_N // PAGE_SIZE + local_pages
+        next_page = tl.load(table_ptr + guess, mask=guess * PAGE_SIZE < seqlen_k, other=0)
     if HAS_INTERVALS:
         intervals_ptr += batch * intervals_stride_b
     start, end = row_bounds(
@@ -207,12 +224,20 @@ def attention_decode(
         full_last = 0
     if ONE_PAGE:
         first = tl.minimum(first, last) // BLOCK_N * BLOCK_N
+    elif WHOLE_PAGES:
+        first = tl.minimum(first, last) // PAGE_SIZE * PAGE_SIZE
     else:
         first = tl.minimum(first, last) // KEY_ALIGNMENT * KEY_ALIGNMENT
-    # Splits are whole tiles, so that only the last one of the row is cut.
-    tiles_per_split = tl.cdiv(tl.cdiv(last - first, BLOCK_N), n_splits)
-    split_first = first + split * tiles_per_split * BLOCK_N
-    split_last = tl.maximum(split_first, tl.minimum(split_first + tiles_per_split * BLOCK_N, last))  # may be empty
+    # Splits are whole tiles, so that only the last one of the row is cut. They may be empty.
+    if IN_TURN:
+        stride = n_splits * BLOCK_N
+        split_first = first + split * BLOCK_N
+        split_last = tl.maximum(split_first, last)
+    else:
+        stride = BLOCK_N
+        tiles_per_split = tl.cdiv(tl.cdiv(last - first, BLOCK_N), n_splits)
+        split_first = first + split * tiles_per_split * BLOCK_N
+        split_last = tl.maximum(split_first, tl.minimum(split_first + tiles_per_split * BLOCK_N, last))
     if PREFETCH > 0:
         if split_first < split_last:
             # Keys that are seen: the block table may hold anything for others.
@@ -258,39 +283,62 @@ def attention_decode(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     if ONE_ROW:
-        key_begin, n_before, n_tiles = split_first, 0, tl.cdiv(split_last - split_first, BLOCK_N)
+        key_begin, n_before, n_tiles = split_first, 0, tl.cdiv(split_last - split_first, stride)
         n_full = tl.where(full_last == last, n_tiles, 0) if HIDDEN else n_tiles
     else:
         key_begin, n_before, n_full, n_tiles = kv_tile_range(split_first, split_last, full_first, full_last, BLOCK_N)
+    if WHOLE_PAGES:
+        slots = (local_keys % PAGE_SIZE)[:, None]
+        k_slots, v_slots = k_base + slots * k_stride_s + dims[None, :], v_base + slots * v_stride_s + v_dims[None, :]
+    if LOOK_AHEAD:
+        # Behind the last key that is seen the table may hold anything, or end.
+        last_page = tl.where(n_tiles > 0, (split_last - 1) // PAGE_SIZE, -1)
+        begin_page = key_begin // PAGE_SIZE + local_pages
+        inside = begin_page <= last_page
+        if GUESSED:
+            if first > 0:
+                next_page = tl.load(table_ptr + begin_page, mask=inside, other=0)
+        else:
+            next_page = tl.load(table_ptr + begin_page, mask=inside, other=0)
     for phase in tl.static_range(0, PHASES):
         if phase == 0:
             steps = n_full
         else:
             steps = n_tiles - n_full
         for step in tl.range(0, steps):
-            first_key = key_begin + tile_index(step, n_before, n_full, phase) * BLOCK_N
+            first_key = key_begin + tile_index(step, n_before, n_full, phase) * stride
             keys = first_key + local_keys
             if ONE_ROW:
                 in_range = (keys >= start) & (keys < split_last)
             else:
                 in_range = keys < split_last
-            if PAGE_SIZE == 0:
-                wide_key = first_key.to(tl.int64)
-                k_rows, v_rows = local_keys * k_stride_s, local_keys * v_stride_s
-                k_tile, v_tile = k_base + wide_key * k_stride_s, v_base + wide_key * v_stride_s
+            if LOOK_AHEAD:
+                page = next_page.to(tl.int64)
+                next_page = tl.load(table_ptr + tl.minimum((first_key + stride) // PAGE_SIZE + local_pages, last_page))
             elif ONE_PAGE:
                 page = tl.load(table_ptr + first_key // PAGE_SIZE).to(tl.int64)
-                slot = (first_key % PAGE_SIZE).to(tl.int64)
-                k_rows, v_rows = local_keys * k_stride_s, local_keys * v_stride_s
-                k_tile = k_base + page * k_stride_b + slot * k_stride_s
-                v_tile = v_base + page * v_stride_b + slot * v_stride_s
-            else:
+            elif PAGE_SIZE > 0:
                 page = tl.load(table_ptr + keys // PAGE_SIZE, mask=in_range, other=0).to(tl.int64)
-                k_rows = page * k_stride_b + (keys % PAGE_SIZE) * k_stride_s
-                v_rows = page * v_stride_b + (keys % PAGE_SIZE) * v_stride_s
-                k_tile, v_tile = k_base, v_base
-            k = load_tile(k_tile, k_rows[:, None] + dims[None, :], in_range, HEAD_DIM, ONE_ROW or phase == 1)
-            v = load_tile(v_tile, v_rows[:, None] + v_dims[None, :], in_range, V_HEAD_DIM, ONE_ROW or phase == 1)
+            if WHOLE_PAGES:
+                k_tile, k_offsets = k_slots, (page * k_stride_b)[:, None]
+                v_tile, v_offsets = v_slots, (page * v_stride_b)[:, None]
+            else:
+                if PAGE_SIZE == 0:
+                    wide_key = first_key.to(tl.int64)
+                    k_rows, v_rows = local_keys * k_stride_s, local_keys * v_stride_s
+                    k_tile, v_tile = k_base + wide_key * k_stride_s, v_base + wide_key * v_stride_s
+                elif ONE_PAGE:
+                    slot = (first_key % PAGE_SIZE).to(tl.int64)
+                    k_rows, v_rows = local_keys * k_stride_s, local_keys * v_stride_s
+                    k_tile = k_base + page * k_stride_b + slot * k_stride_s
+                    v_tile = v_base + page * v_stride_b + slot * v_stride_s
+                else:
+                    k_rows = page * k_stride_b + (keys % PAGE_SIZE) * k_stride_s
+                    v_rows = page * v_stride_b + (keys % PAGE_SIZE) * v_stride_s
+                    k_tile, v_tile = k_base, v_base
+                k_offsets, v_offsets = k_rows[:, None] + dims[None, :], v_rows[:, None] + v_dims[None, :]
+            k = load_tile(k_tile, k_offsets, in_range, HEAD_DIM, ONE_ROW or phase == 1)
+            v = load_tile(v_tile, v_offsets, in_range, V_HEAD_DIM, ONE_ROW or phase == 1)
             bias = 0.0
             if BIAS != BIAS_NONE:
                 bias_at = bias_rows[:, None] + keys[None, :].to(tl.int64) * bias_stride_k

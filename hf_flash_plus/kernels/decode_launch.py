@@ -25,6 +25,7 @@ from .launch import (
     raw_stream,
 )
 from .machine_code import MiscompiledError, doubtful
+from .primitives import BIAS_BOOL
 
 MAX_SPLITS = 128
 _WARPS = 4
@@ -64,15 +65,17 @@ WHOLE, PADDED, PAGED = 0, 1, 2
 #: splits (see :func:`programs_class`), of keys (:func:`keys_class`), and kind (where one is missing, that of WHOLE
 #: serves): keys of a tile, warps, stages, keys to prefetch, keys of a split at least, programs for each multiprocessor.
 #: ``python -m hf_flash_plus.kernels.tune_decode`` measures them (these: one H200, Triton 3.6, 2026-11-28; whole keys of
-#: the classes (256, 2, 1 to 3) and (128, 3, 2) by calls in a row, a day later); a class that is not here is computed by
-#: the rule in :func:`_way`.
+#: the classes (256, 2, 1 to 3) and (128, 3, 2), and most of those of pages, by calls in a row, a day later); a class
+#: that is not here is computed by the rule in :func:`_way`.
 _SM90_WAYS: dict[tuple[int, int, int, int], tuple[int, int, int, int, int, int]] = {
     (128, 0, 0, 0): (64, 4, 3, 128, 64, 1),
+    (128, 0, 0, 2): (64, 4, 3, 0, 64, 1),
     (128, 0, 1, 0): (128, 4, 3, 0, 128, 1),
-    (128, 0, 1, 2): (128, 4, 2, 0, 128, 1),
+    (128, 0, 1, 2): (64, 4, 3, 0, 64, 1),
     (128, 0, 2, 0): (128, 4, 3, 0, 128, 1),
     (128, 0, 2, 2): (64, 4, 3, 0, 256, 2),
     (128, 0, 3, 0): (64, 4, 4, 0, 1024, 2),
+    (128, 0, 3, 2): (128, 4, 3, 0, 1024, 2),
     (128, 1, 0, 0): (64, 4, 3, 0, 64, 2),
     (128, 1, 1, 0): (64, 4, 3, 0, 64, 2),
     (128, 1, 1, 1): (64, 4, 3, 0, 64, 2),
@@ -84,11 +87,12 @@ _SM90_WAYS: dict[tuple[int, int, int, int], tuple[int, int, int, int, int, int]]
     (128, 2, 0, 0): (128, 4, 3, 128, 128, 1),
     (128, 2, 1, 0): (128, 4, 3, 0, 128, 1),
     (128, 2, 1, 1): (64, 4, 3, 0, 64, 4),
-    (128, 2, 1, 2): (64, 4, 3, 0, 64, 2),
+    (128, 2, 1, 2): (128, 4, 3, 0, 128, 1),
     (128, 2, 2, 0): (128, 4, 3, 0, 128, 1),
     (128, 2, 2, 1): (64, 4, 3, 0, 64, 8),
-    (128, 2, 2, 2): (64, 4, 4, 0, 64, 2),
+    (128, 2, 2, 2): (64, 4, 3, 0, 64, 4),
     (128, 2, 3, 0): (64, 4, 4, 0, 64, 2),
+    (128, 2, 3, 2): (64, 4, 3, 0, 64, 4),
     (128, 3, 0, 0): (64, 4, 3, 0, 64, 1),
     (128, 3, 1, 0): (64, 4, 3, 0, 64, 1),
     (128, 3, 2, 0): (64, 4, 3, 0, 64, 1),
@@ -96,29 +100,31 @@ _SM90_WAYS: dict[tuple[int, int, int, int], tuple[int, int, int, int, int, int]]
     (128, 3, 2, 2): (64, 4, 4, 0, 64, 1),
     (128, 3, 3, 0): (64, 4, 3, 0, 64, 1),
     (256, 0, 0, 0): (64, 4, 3, 0, 64, 1),
+    (256, 0, 0, 2): (64, 4, 2, 0, 64, 1),
     (256, 0, 1, 0): (64, 4, 3, 0, 256, 1),
     (256, 0, 1, 2): (64, 4, 3, 0, 64, 1),
     (256, 0, 2, 0): (64, 4, 3, 0, 64, 1),
-    (256, 0, 2, 2): (64, 4, 3, 0, 256, 2),
+    (256, 0, 2, 2): (32, 4, 4, 0, 256, 2),
     (256, 0, 3, 0): (64, 4, 3, 0, 1024, 2),
+    (256, 0, 3, 2): (32, 4, 4, 0, 1024, 2),
     (256, 1, 0, 0): (64, 4, 3, 0, 64, 1),
     (256, 1, 1, 0): (64, 4, 3, 0, 64, 1),
     (256, 1, 1, 1): (64, 4, 3, 0, 64, 2),
-    (256, 1, 1, 2): (64, 4, 3, 0, 64, 2),
+    (256, 1, 1, 2): (32, 4, 4, 0, 64, 2),
     (256, 1, 2, 0): (64, 4, 3, 0, 64, 2),
     (256, 1, 2, 1): (64, 4, 3, 0, 64, 2),
-    (256, 1, 2, 2): (64, 4, 3, 0, 64, 2),
+    (256, 1, 2, 2): (32, 4, 4, 0, 64, 2),
     (256, 1, 3, 0): (64, 4, 3, 0, 64, 2),
     (256, 2, 0, 0): (64, 4, 3, 0, 64, 1),
     (256, 2, 1, 0): (128, 4, 3, 0, 128, 1),
     (256, 2, 1, 1): (64, 4, 3, 0, 64, 2),
-    (256, 2, 1, 2): (64, 4, 3, 0, 64, 2),
+    (256, 2, 1, 2): (128, 4, 3, 0, 128, 1),
     (256, 2, 2, 0): (128, 4, 3, 0, 128, 1),
     (256, 2, 2, 1): (64, 4, 3, 0, 64, 4),
-    (256, 2, 2, 2): (64, 4, 3, 0, 64, 2),
+    (256, 2, 2, 2): (64, 4, 2, 0, 64, 4),
     (256, 2, 3, 0): (64, 4, 4, 0, 64, 1),
     (256, 2, 3, 1): (64, 4, 3, 0, 64, 2),
-    (256, 2, 3, 2): (64, 4, 3, 0, 64, 2),
+    (256, 2, 3, 2): (64, 4, 2, 0, 64, 4),
     (256, 3, 0, 0): (32, 4, 4, 0, 32, 1),
     (256, 3, 1, 0): (64, 4, 4, 0, 64, 1),
     (256, 3, 2, 0): (128, 4, 3, 0, 128, 1),
@@ -173,6 +179,10 @@ def _plain_way(tile: tiles.Tile) -> Way:
 @cache
 def _decode_plan(s: Structure, way: Way, page_size: int, one_row: bool, one_tile: bool) -> Plan:
     tile = way.tile
+    # Where the kernel looks pages up itself (LOOK_AHEAD), they need no stages.
+    hidden = s.has_key_mask or s.bias == BIAS_BOOL.value
+    looks_ahead = one_row and not hidden and page_size > 0 and 0 in (page_size % tile.block_n, tile.block_n % page_size)
+    stages = 2 * tile.num_stages - 1 if page_size and not looks_ahead else tile.num_stages
     options = {
         "HEAD_DIM": s.head_dim,
         "V_HEAD_DIM": s.v_head_dim,
@@ -197,8 +207,7 @@ def _decode_plan(s: Structure, way: Way, page_size: int, one_row: bool, one_tile
         "BLOCK_D": tiles.padded(s.head_dim),
         "BLOCK_DV": tiles.padded(s.v_head_dim),
         "num_warps": tile.num_warps,
-        # The compiler gives the look-up of the page every other stage of the pipeline.
-        "num_stages": 2 * tile.num_stages - 1 if page_size else tile.num_stages,
+        "num_stages": stages,
         "enable_fp_fusion": True,
     }
     return Plan(attention_decode, tile, options, _reusable(s, attention_decode), doubtful(s.device.arch))

@@ -54,18 +54,19 @@ def load_tile(base, offsets, row_ok, HEAD_DIM: tl.constexpr, CHECK_ROWS: tl.cons
 
     No mask is formed where the head dimension fills its block and rows need no check: those loads stay widest.
     """
-    BLOCK_D: tl.constexpr = offsets.shape[1]
+    pointers = base + offsets
+    BLOCK_D: tl.constexpr = pointers.shape[1]
     if HEAD_DIM == BLOCK_D:
         if CHECK_ROWS:
-            tile = tl.load(base + offsets, mask=row_ok[:, None], other=0.0)
+            tile = tl.load(pointers, mask=row_ok[:, None], other=0.0)
         else:
-            tile = tl.load(base + offsets)
+            tile = tl.load(pointers)
     else:
         inside = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
         if CHECK_ROWS:
-            tile = tl.load(base + offsets, mask=row_ok[:, None] & inside, other=0.0)
+            tile = tl.load(pointers, mask=row_ok[:, None] & inside, other=0.0)
         else:
-            tile = tl.load(base + offsets, mask=inside, other=0.0)
+            tile = tl.load(pointers, mask=inside, other=0.0)
     return tile
 
 

@@ -62,6 +62,18 @@ def peer(
     monkeypatch.setitem(PEERS, name, Peer(name, "", build))
 
 
+def test_layers_share_the_block_table() -> None:
+    """As in a model: one table and one set of row intervals for all layers, whose keys and values are their own."""
+    case = Case(2, 64, 4, 2, 16, seqlen_q=1, mask="causal", page_size=16)
+    first = Problem(case, "fp32", CPU)
+    second = Problem(case, "fp32", CPU, 1, first)
+    assert second.pages[2] is first.pages[2] and second.page_intervals is first.page_intervals
+    for problem in (first, second):
+        k_pages, _, table = problem.pages
+        assert torch.equal(k_pages[table.long()].flatten(1, 2), problem.k)
+    assert not torch.equal(first.k, second.k)
+
+
 # --- how many ---
 
 

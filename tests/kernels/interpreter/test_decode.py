@@ -134,6 +134,29 @@ def test_pages_before_a_window_may_be_gone(page_size: int, window: int) -> None:
     assert (out.double() - exact.out).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("page_size", (16, 64))
+@pytest.mark.parametrize("start", (0, 5, 70))
+@pytest.mark.parametrize("splits", (1, 3, 16))
+def test_splits_of_pages(page_size: int, start: int, splits: int) -> None:
+    """Splits of several tiles, of one and of none, over pages in any order; elsewhere the table is garbage."""
+    torch.manual_seed(0)
+    pages, dim, length = 512 // page_size, 16, 395
+    q, k, v = (torch.randn(1, rows, heads, dim) for rows, heads in ((1, 4), (512, 2), (512, 2)))
+    order = torch.randperm(pages)
+    cache = [
+        torch.empty(pages, page_size, 2, dim).index_copy_(0, order, t.view(pages, page_size, 2, dim)) for t in (k, v)
+    ]
+    seen = torch.arange(pages) * page_size
+    table = torch.where((seen + page_size > start) & (seen < length), order, 2**30).to(torch.int32)[None]
+    mask = AttentionMask(row_intervals=torch.tensor([[[start, length]]], dtype=torch.int32))
+    with mock.patch.object(decode_launch, "n_splits", lambda *_: splits):
+        out = decode_launch.forward(AttentionInputs(q, *cache, dim**-0.5, mask), table)[0]
+    exact = ReferenceProvider().forward(
+        AttentionInputs(q.double(), *(t[:, start:length].double() for t in (k, v)), dim**-0.5, AttentionMask())
+    )
+    assert (out.double() - exact.out).abs().max() < 2e-6
+
+
 @pytest.mark.parametrize("features", [(), ("softcap", "sinks"), ("head_bias",), ("holes",)], ids=str)
 def test_one_row_equals_several(features: tuple[str, ...]) -> None:
     """A row alone takes a way of its own; without it, the loops of several rows compute the same."""

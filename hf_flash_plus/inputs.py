@@ -224,7 +224,13 @@ def require_strided(name: str, tensor: object) -> None:
 
 def readable(tensor: Tensor) -> bool:
     """Whether values can be looked at without waiting for a device, or breaking a graph that is being traced."""
-    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0  # a mode that traces, or counts
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def _require_values(name: str, values: Tensor, low: int, high: int, why: str) -> None:
@@ -348,7 +354,7 @@ def _validate(inputs: AttentionInputs) -> None:
         slopes = inputs.alibi_slopes
         _require_tensor("alibi_slopes", slopes)
         _require(
-            slopes.dtype == torch.float32 and tuple(slopes.shape) in ((nheads,), (batch, nheads)),
+            slopes.dtype == torch.float32 and _has_shape(slopes, (nheads,), (batch, nheads)),
             lambda: (
                 f"alibi_slopes must be torch.float32 of shape ({nheads},) or ({batch}, {nheads}), "
                 f"got {describe(slopes)}."
@@ -363,7 +369,7 @@ def _validate(inputs: AttentionInputs) -> None:
         sinks = inputs.sinks
         _require_tensor("s_aux", sinks)
         _require(
-            sinks.is_floating_point() and tuple(sinks.shape) in ((nheads,), (batch, nheads, q.shape[1])),
+            sinks.is_floating_point() and _has_shape(sinks, (nheads,), (batch, nheads, q.shape[1])),
             lambda: (
                 f"s_aux (attention sinks) must be floating, of shape ({nheads},) or ({batch}, {nheads}, {q.shape[1]}), "
                 f"got {describe(sinks)}."
@@ -372,15 +378,32 @@ def _validate(inputs: AttentionInputs) -> None:
         _require(sinks.device == q.device, lambda: f"s_aux is on {sinks.device}, but q is on {q.device}.")
 
 
+def _has_shape(tensor: Tensor, *shapes: tuple[int, ...]) -> bool:
+    """Whether a tensor has one of these shapes. (Sizes are compared one by one: see :func:`_validate_mask`.)"""
+    return any(
+        tensor.dim() == len(shape) and all(n == size for n, size in zip(tensor.shape, shape)) for shape in shapes
+    )
+
+
+#: Sizes of numbers, but for 0, that kernels can compute with in fp32.
+_LEAST, _MOST = 1e-30, 1e30
+
+
 def _validate_numbers(inputs: AttentionInputs) -> None:
+    scale, softcap = inputs.softmax_scale, inputs.softcap
     _require(
-        isinstance(inputs.softmax_scale, (int, float)) and -math.inf < inputs.softmax_scale < math.inf,
-        lambda: f"softmax_scale must be a finite number, got {inputs.softmax_scale!r}.",
+        isinstance(scale, (int, float)) and -math.inf < scale < math.inf,
+        lambda: f"softmax_scale must be a finite number, got {scale!r}.",
     )
     _require(
-        isinstance(inputs.softcap, (int, float)) and 0.0 <= inputs.softcap < math.inf,
-        lambda: f"softcap must be a finite number >= 0 (0 is off), got {inputs.softcap!r}.",
+        isinstance(softcap, (int, float)) and 0.0 <= softcap < math.inf,
+        lambda: f"softcap must be a finite number >= 0 (0 is off), got {softcap!r}.",
     )
+    for name, number in (("softmax_scale", scale), ("softcap", softcap)):
+        _require(
+            number == 0.0 or _LEAST <= abs(number) <= _MOST,
+            lambda: f"{name} must be 0 or of a size from {_LEAST} to {_MOST} (computed in fp32), got {number!r}.",
+        )
     _require(
         isinstance(inputs.dropout_p, (int, float)) and 0.0 <= inputs.dropout_p < 1.0,
         lambda: f"dropout_p must be in [0, 1), got {inputs.dropout_p!r}.",

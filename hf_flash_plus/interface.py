@@ -29,7 +29,7 @@ from .inputs import (
     require_strided,
     validate,
 )
-from .masks import AttentionMask, PackedSequences, varlen_mask
+from .masks import TO_LAST_KEY, AttentionMask, PackedSequences, varlen_mask
 from .paged import gather_pages, require_pages, validate_pages
 
 
@@ -45,15 +45,21 @@ def _window(window_size: Any) -> tuple[int, int]:
         raise ValueError(
             f"window_size must be a pair of integers (left, right), -1 meaning unlimited, got {window_size!r}."
         ) from None
-    return left, right
+    if min(left, right) < -1:
+        raise ValueError(f"window_size must be >= -1 on both sides (-1 is unlimited), got {window_size!r}.")
+    return min(left, TO_LAST_KEY), min(right, TO_LAST_KEY)
 
 
 def _plain_window(mask: AttentionMask) -> AttentionMask:
     """The same mask, with integers of other libraries in its window as ints."""
     window = mask.window
-    if not isinstance(window, tuple) or len(window) != 2 or (isinstance(window[0], int) and isinstance(window[1], int)):
+    if not isinstance(window, tuple) or len(window) != 2:
         return mask
-    return replace(mask, window=(integer(window[0]), integer(window[1])))
+    left, right = integer(window[0]), integer(window[1])
+    if not (isinstance(left, int) and isinstance(right, int)):
+        return mask  # which is refused
+    left, right = min(left, TO_LAST_KEY), min(right, TO_LAST_KEY)  # a key's number plus a side must not overflow
+    return mask if left is window[0] and right is window[1] else replace(mask, window=(left, right))
 
 
 def _softmax_scale(q: Any, softmax_scale: float | None) -> float:
@@ -256,9 +262,16 @@ class _Options(NamedTuple):
 
 
 def _dense_call(
-    caller: str, q: Tensor, k: Tensor, v: Tensor, options: _Options, mask: AttentionMask | None = None
+    caller: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: _Options,
+    mask: AttentionMask | None = None,
+    unwritten: bool = False,
 ) -> Any:
-    """One call on 4-D tensors; the mask is made of ``causal`` and ``window_size`` unless it is given."""
+    """One call on 4-D tensors; the mask is made of ``causal`` and ``window_size`` unless it is given. ``unwritten``: as
+    of :func:`~hf_flash_plus.ops.attention`."""
     if mask is None:
         mask = AttentionMask(causal=bool(options.causal), window=_window(options.window_size))
     needs_lse = bool(options.return_attn_probs)
@@ -276,9 +289,9 @@ def _dense_call(
         needs_lse=needs_lse,
     )
     if not needs_lse:
-        return ops.attention(inputs, caller).out
+        return ops.attention(inputs, caller, unwritten).out
     if not options.dropout_p:
-        output = ops.attention(inputs, caller)
+        output = ops.attention(inputs, caller, unwritten)
         return output.out, output.softmax_lse, output.out.new_empty(0)
     # Only the reference forms the weights; kernels that never do cannot return them.
     forced = settings.forced_provider()
@@ -288,7 +301,7 @@ def _dense_call(
             f"{forced!r} is forced; drop return_attn_probs, or force 'reference'."
         )
     with settings.provider_override("reference"):
-        output = ops.attention(inputs, caller)
+        output = ops.attention(inputs, caller, unwritten)
     return output.out, output.softmax_lse, output.probabilities
 
 
@@ -537,7 +550,8 @@ def _validate_cu_seqlens(name: str, cu: Any, device: torch.device, total: int | 
         return
     known = isinstance(max_seqlen, int) and not isinstance(max_seqlen, bool)
     _require(
-        (known and max_seqlen >= 0) or isinstance(max_seqlen, Tensor),
+        (known and max_seqlen >= 0)
+        or (isinstance(max_seqlen, Tensor) and max_seqlen.numel() == 1 and not max_seqlen.dtype.is_floating_point),
         f"{longest} must be an integer >= 0 that no sequence exceeds, got {max_seqlen!r}.",
     )
     if not readable(cu):
@@ -557,6 +571,11 @@ def _validate_cu_seqlens(name: str, cu: Any, device: torch.device, total: int | 
     )
 
 
+def _may_have_tail(cu_seqlens: Tensor, rows: Tensor) -> bool:
+    """Whether there may be rows behind the last sequence."""
+    return not readable(cu_seqlens) or int(cu_seqlens[-1]) < rows.shape[0]
+
+
 def _varlen_call(
     caller: str,
     q: Tensor,
@@ -573,6 +592,7 @@ def _varlen_call(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        require_strided(name, tensor)
         paged = block_table is not None and name != "q"
         _require(
             tensor.dim() == (4 if paged else 3),
@@ -601,6 +621,7 @@ def _varlen_call(
     if block_table is not None:
         validate_pages("k", k, block_table)
         validate_pages("v", v, block_table)
+        _require(k.shape[:2] == v.shape[:2], f"k and v must have the same pages, got {describe(k)} and {describe(v)}.")
         _require(
             block_table.shape[0] == nseqs,
             f"block_table has {block_table.shape[0]} rows, but cu_seqlens_q describes {nseqs} sequences.",
@@ -613,10 +634,14 @@ def _varlen_call(
         cu_seqlens_k = torch.arange(nseqs + 1, dtype=torch.int32, device=q.device) * k.shape[1]
         k, v = k.flatten(0, 1), v.flatten(0, 1)
     elif slopes is None:
+        if torch.compiler.is_compiling():  # only bounds, and no op takes tensors for them
+            max_seqlen_q = q.shape[0] if isinstance(max_seqlen_q, Tensor) else max_seqlen_q
+            max_seqlen_k = k.shape[0] if isinstance(max_seqlen_k, Tensor) else max_seqlen_k
         packed = PackedSequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window)
     mask = varlen_mask(cu_seqlens_q, cu_seqlens_k, q.shape[0], causal=causal, window=window, seqused_k=used)
     mask = replace(mask, packed=packed, row_positions=None if slopes is None else mask.row_positions)
-    result = _dense_call(caller, q[None], k[None], v[None], options, mask)
+    unwritten = block_table is not None or _may_have_tail(cu_seqlens_q, q) or _may_have_tail(cu_seqlens_k, k)
+    result = _dense_call(caller, q[None], k[None], v[None], options, mask, unwritten)
     if not options.return_attn_probs:
         return result[0]
     out, lse, weights = result

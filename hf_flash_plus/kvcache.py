@@ -8,8 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .inputs import AttentionInputs, _require, _require_tensor, _require_values, describe, integer, real, validate
+from . import dispatch, ops
+from .inputs import (
+    AttentionInputs,
+    _require,
+    _require_tensor,
+    _require_values,
+    describe,
+    integer,
+    readable,
+    real,
+    require_strided,
+    validate,
+)
 from .interface import _last_contiguous, _softmax_scale, _window
 from .masks import AttentionMask, window_intervals
 from .paged import require_pages, validate_pages
@@ -87,7 +98,10 @@ def flash_attn_with_kvcache(
     flags = AttentionMask(causal=bool(causal), window=window)
     if rotary_cos is not None and k is not None and (flags.causal or flags.windowed):
         # Row i of q is rotated as key cache_seqlens + i; with more rows than new keys that can lie beyond the cache.
-        last = (cache_seqlens if isinstance(cache_seqlens, int) else slots - k.shape[1]) + seqlen_q
+        most = cache_seqlens if isinstance(cache_seqlens, int) else slots - k.shape[1]
+        if isinstance(cache_seqlens, Tensor) and readable(cache_seqlens) and batch:
+            most = int(cache_seqlens.max())
+        last = most + seqlen_q
         _require(
             rotary_cos.shape[0] >= last,
             lambda: (
@@ -102,7 +116,10 @@ def flash_attn_with_kvcache(
     if k is not None:
         # A call that is refused must not have written into the cache.
         keys, values = _stand_ins(k_cache, v_cache, batch, slots, joined)
-        validate(AttentionInputs(q, keys, values, scale, flags, softcap, alibi_slopes, s_aux))
+        stand_in = AttentionInputs(q, keys, values, scale, flags, softcap, alibi_slopes, s_aux)
+        validate(stand_in)
+        if not torch.compiler.is_compiling():
+            dispatch.select_provider(stand_in.signature())
     if block_table is not None:
         require_pages(block_table, used + (0 if k is None else k.shape[1]), k_cache)
     with torch.no_grad():
@@ -149,7 +166,7 @@ def flash_attn_with_kvcache(
         if block_table is not None:
             output = ops.paged_attention(inputs, k_cache, v_cache, block_table, "flash_attn_with_kvcache")
         else:
-            output = ops.attention(inputs, "flash_attn_with_kvcache", unwritten_keys=not known)
+            output = ops.attention(inputs, "flash_attn_with_kvcache", unwritten=not known)
     return (output.out, output.softmax_lse) if return_softmax_lse else output.out
 
 
@@ -176,8 +193,14 @@ def _validate(
 ) -> None:
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _require_tensor(name, tensor)
+        require_strided(name, tensor)
         _require(tensor.dim() == 4, f"{name} must have 4 dimensions, got {describe(tensor)}.")
     batch = q.shape[0]
+    _require(
+        k_cache.shape[:2] == v_cache.shape[:2],
+        f"k_cache and v_cache must have the same {'batch and seqlen' if block_table is None else 'pages'}, "
+        f"got {describe(k_cache)} and {describe(v_cache)}.",
+    )
     _require((k is None) == (v is None), "k and v must be given together.")
     for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
         if new is not None:
@@ -199,6 +222,8 @@ def _validate(
         _require_tensor("rotary_sin", rotary_sin)
         assert rotary_sin is not None
         _require(k is not None, "rotary_cos and rotary_sin need new keys k to rotate.")
+        for name, table in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
+            _require(table.is_floating_point(), f"{name} must have a floating dtype, got {describe(table)}.")
         _require(
             rotary_cos.dim() == 2 and rotary_cos.shape == rotary_sin.shape and 2 * rotary_cos.shape[1] <= q.shape[3],
             f"rotary_cos and rotary_sin must be (seqlen_ro, rotary_dim / 2) with rotary_dim <= {q.shape[3]}, "
@@ -207,10 +232,6 @@ def _validate(
     if block_table is not None:
         validate_pages("k_cache", k_cache, block_table)
         validate_pages("v_cache", v_cache, block_table)
-        _require(
-            k_cache.shape[:2] == v_cache.shape[:2],
-            f"k_cache and v_cache must have the same pages, got {describe(k_cache)} and {describe(v_cache)}.",
-        )
         _require(
             block_table.shape[0] == batch, f"block_table has {block_table.shape[0]} rows, but q has batch {batch}."
         )
@@ -224,7 +245,9 @@ def _validate(
     for name, index in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
         if index is not None:
             _require(
-                isinstance(index, Tensor) and index.shape == (batch,) and not index.is_floating_point(),
+                isinstance(index, Tensor)
+                and index.shape == (batch,)
+                and index.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64),
                 f"{name} must be an integer tensor of shape ({batch},), "
                 f"got {describe(index) if isinstance(index, Tensor) else index!r}.",
             )

@@ -367,22 +367,26 @@ def _debug(inputs: AttentionInputs, caller: str, provider: str, why: str) -> Non
     )
 
 
-def _without_hidden_keys(inputs: AttentionInputs) -> AttentionInputs:
-    """The same call with zeros for keys and values that no row sees: a weight of 0 does not hide a NaN."""
+def _without_unseen(inputs: AttentionInputs) -> AttentionInputs:
+    """The same call with zeros for keys and values that no row sees, and for rows that see nothing: a weight of 0 does
+    not hide a NaN, in the output or in a gradient."""
     seen = visible(inputs.mask, inputs.seqlen_q, inputs.seqlen_k, inputs.query.device)
     if seen is None:
         return inputs
     hidden = ~seen.any(dim=(1, 2))[:, :, None, None]
-    return replace(inputs, key=inputs.key.masked_fill(hidden, 0.0), value=inputs.value.masked_fill(hidden, 0.0))
+    empty = ~seen.any(dim=(1, 3))[:, :, None, None]
+    key, value = (t.masked_fill(hidden, 0.0) for t in (inputs.key, inputs.value))
+    return replace(inputs, query=inputs.query.masked_fill(empty, 0.0), key=key, value=value)
 
 
-def attention(inputs: AttentionInputs, caller: str = "attention", unwritten_keys: bool = False) -> AttentionOutput:
+def attention(inputs: AttentionInputs, caller: str = "attention", unwritten: bool = False) -> AttentionOutput:
     """Compute one validated call with the provider that serves it.
 
     Args:
         inputs: the call (see :class:`~hf_flash_plus.inputs.AttentionInputs`), validated.
         caller: the public function's name, for the DEBUG log.
-        unwritten_keys: keys that no row sees may be memory that nobody wrote (slots of a cache), NaN included.
+        unwritten: keys that no row sees, and rows that see nothing, may be memory that nobody wrote (slots of a cache,
+            rows behind the last packed sequence), NaN included.
 
     Returns:
         ``out`` ``(batch, seqlen_q, nheads, v_head_dim)``, and ``softmax_lse`` where ``inputs.needs_lse``.
@@ -404,8 +408,8 @@ def attention(inputs: AttentionInputs, caller: str = "attention", unwritten_keys
             kernels = provider.kernels(inputs)
             _debug(inputs, caller, name, f"{selection.why}; {kernels}" if kernels else selection.why)
     if provider.differentiable:
-        if unwritten_keys and provider.reads_hidden_keys:
-            inputs = _without_hidden_keys(inputs)
+        if unwritten and provider.reads_hidden_keys:
+            inputs = _without_unseen(inputs)
         output = provider.forward(inputs)
         if output.softmax_lse is not None:
             # As from kernels, which have no gradient for it: who serves a call must not change what a loss trains.
@@ -531,7 +535,8 @@ def paged_attention(
             ``(batch, max_blocks * page_size, ...)``.
         k_cache, v_cache, block_table: as in :meth:`~hf_flash_plus.providers.base.Provider.forward_paged`.
     """
-    same_dtype = inputs.query.dtype == k_cache.dtype == v_cache.dtype
+    computed_in = autocast_dtype(inputs.query) or inputs.query.dtype
+    same_dtype = computed_in == inputs.query.dtype == k_cache.dtype == v_cache.dtype
     if torch.compiler.is_compiling():
         name = dispatch.select_name(tuple(inputs.signature()))
         if same_dtype and not PROVIDERS[name].differentiable and not _transformed():
@@ -547,7 +552,7 @@ def paged_attention(
             if logger.isEnabledFor(logging.DEBUG):
                 _debug(inputs, caller, selection.provider.name, f"{selection.why}, from pages")
             return output
-    return attention(_gathered(inputs, k_cache, v_cache, block_table), caller, unwritten_keys=True)
+    return attention(_gathered(inputs, k_cache, v_cache, block_table), caller, unwritten=True)
 
 
 def _gathered(inputs: AttentionInputs, k_cache: Tensor, v_cache: Tensor, block_table: Tensor) -> AttentionInputs:

@@ -39,4 +39,6 @@ def gather_pages(cache: Tensor, block_table: Tensor) -> Tensor:
     """
     pages = block_table.long().clamp(0, max(cache.shape[0] - 1, 0))
     batch, blocks = pages.shape
+    if cache.shape[0] == 0:  # no row can have a key in it
+        return cache.new_zeros(batch, blocks * cache.shape[1], *cache.shape[2:])
     return cache[pages].reshape(batch, blocks * cache.shape[1], *cache.shape[2:])

@@ -117,6 +117,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) 
         # torch 2.11 on GPUs returns None where cuDNN would compute gradients of an empty batch. Sums of nothing are 0,
         # and make the result depend on all three.
         nothing = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
+        if mask is not None and mask.requires_grad:  # a bias, or attention sinks
+            nothing = nothing + mask[..., :0].sum().to(q.dtype)
         return q.new_zeros(*q.shape[:3], v.shape[3]) + nothing
     q, k, v = (_aligned(tensor) for tensor in (q, k, v))
     size = _batch_at_a_time(q)
@@ -293,6 +295,8 @@ def _append_sink(
     if is_causal:
         mask = visible(inputs.mask, seqlen_q, inputs.seqlen_k, k.device)
     dtype = inputs.query.dtype if mask is None or mask.dtype == torch.bool else mask.dtype
+    if k.device.type == "cpu":  # where SDPA takes an fp32 mask beside half-precision queries
+        dtype = torch.promote_types(dtype, torch.float32)
     if mask is None:
         mask = torch.zeros((), dtype=dtype, device=k.device).expand(1, 1, seqlen_q, inputs.seqlen_k)
     elif mask.dtype == torch.bool:

@@ -143,6 +143,8 @@ class TritonProvider(Provider):
         pages = replace(inputs, key=k_cache, value=v_cache)
         if not decode_launch.serves(inputs) or _plain(pages) is not pages:
             return None  # longer queries, and head dimensions that need padding, read a gathered copy
+        if block_table.stride(-1) != 1:  # the kernel goes along its rows
+            block_table = block_table.contiguous()
         with _on_device(inputs.query):
             return AttentionOutput(*decode_launch.forward(pages, block_table))
 

@@ -154,3 +154,16 @@ def test_the_paged_op(paged_toy: PagedToy) -> None:
         arguments += [0.0, 0.0, False, name]
         torch.library.opcheck(torch.ops.hf_flash_plus.paged_attention_forward.default, tuple(arguments))
     assert paged_toy.from_pages > 0
+
+
+@pytest.mark.parametrize("name", ("alibi_slopes", "s_aux"))
+def test_buffers_of_one_shape_beside_symbolic_lengths(name: str) -> None:
+    given = torch.rand(4)
+
+    def call(q: torch.Tensor) -> torch.Tensor:
+        return hfp.flash_attn_func(q, q, q, causal=True, **{name: given})
+
+    compiled = torch.compile(call, backend="eager", dynamic=True, fullgraph=True)
+    for length in (6, 9):
+        q = torch.randn(2, length, 4, 16)
+        torch.testing.assert_close(compiled(q), call(q))

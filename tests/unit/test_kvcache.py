@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hf_flash_plus as hfp
-from hf_flash_plus import use_provider
+from hf_flash_plus import NoProviderError, flash_attn_with_kvcache, use_provider
 
 from . import oracle
 from .oracle import assert_close
@@ -359,3 +359,36 @@ def test_a_refused_call_leaves_the_cache_alone(what: str) -> None:
     with pytest.raises(ValueError):
         hfp.flash_attn_with_kvcache(k_cache=case.k_cache, v_cache=case.v_cache, **arguments)
     assert torch.equal(case.k_cache, k_before) and torch.equal(case.v_cache, v_before)
+
+
+def test_a_call_that_nobody_serves_writes_nothing() -> None:
+    q, new, cache = torch.randn(2, 1, 2, 16), torch.ones(2, 1, 2, 16), torch.zeros(2, 8, 2, 16)
+    with use_provider("torch_sdpa"), pytest.raises(NoProviderError, match="softcap"):
+        flash_attn_with_kvcache(q, cache, cache.clone(), new, new, cache_seqlens=2, softcap=3.0)
+    assert (cache == 0).all()
+
+
+def test_rotary_rows_for_lengths_that_can_be_read() -> None:
+    """As many rows as the lengths need, not as many as they could."""
+    q, new, cos = torch.randn(1, 3, 2, 16), torch.randn(1, 1, 2, 16), torch.rand(8, 8)
+    outs = []
+    for lengths in (3, torch.tensor([3], dtype=torch.int32)):
+        k, v = torch.ones(1, 8, 2, 16), torch.ones(1, 8, 2, 16)
+        outs.append(flash_attn_with_kvcache(q, k, v, new, new, cos, cos, cache_seqlens=lengths, causal=True))
+    torch.testing.assert_close(*outs)
+
+
+def test_no_pages_and_no_keys() -> None:
+    pages, table = torch.randn(0, 4, 2, 16), torch.zeros(2, 2, dtype=torch.int32)
+    lengths = torch.zeros(2, dtype=torch.int32)
+    out = flash_attn_with_kvcache(torch.randn(2, 1, 2, 16), pages, pages, cache_seqlens=lengths, block_table=table)
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("lengths", (6, torch.tensor([6, 4], dtype=torch.int32)), ids=("number", "tensor"))
+def test_the_widest_window_hides_nothing(lengths: int | Tensor) -> None:
+    q, k = torch.randn(2, 1, 2, 16), torch.randn(2, 8, 2, 16)
+    wide, none = (
+        flash_attn_with_kvcache(q, k, k, cache_seqlens=lengths, window_size=(side, side)) for side in (2**63 - 1, -1)
+    )
+    torch.testing.assert_close(wide, none)

@@ -120,6 +120,40 @@ MORE = [
         ("k_cache and v_cache must have the same pages", "(3, 10, 2, 8)", "(3, 8, 2, 8)"),
     ),
     # caches, by value
+    Bad(
+        "values in a shorter cache",
+        cached(v_cache=t(3, 8, 2, 8)),
+        ValueError,
+        ("k_cache and v_cache must have the same batch and seqlen", "(3, 10, 2, 8)", "(3, 8, 2, 8)"),
+    ),
+    Bad(
+        "rows by bools", cached(cache_batch_idx=torch.tensor([True, False])), ValueError, ("cache_batch_idx", "integer")
+    ),
+    Bad(
+        "window -5 over lengths",
+        cached(cache_seqlens=ints(3, 4), window_size=(-5, 3)),
+        ValueError,
+        ("window_size", "-5"),
+    ),
+    Bad(
+        "rotary of whole numbers",
+        appending(rotary_cos=torch.ones(12, 4, dtype=INT), rotary_sin=torch.ones(12, 4, dtype=INT)),
+        ValueError,
+        ("rotary_cos must have a floating dtype", "torch.int32"),
+    ),
+    # numbers that fp32 cannot compute with, windows, bounds
+    Bad(
+        "softcap beyond fp32", dense(softcap=1e39), ValueError, ("softcap must be 0 or of a size from 1e-30 to 1e+30",)
+    ),
+    Bad("scale below fp32", dense(softmax_scale=1e-46), ValueError, ("softmax_scale must be 0 or of a size", "1e-46")),
+    Bad("window -5 of varlen", varlen(window_size=(-5, 3)), ValueError, ("window_size must be >= -1", "(-5, 3)")),
+    Bad(
+        "max_seqlen_q a fraction",
+        varlen(max_seqlen_q=torch.tensor(9.0)),
+        ValueError,
+        ("max_seqlen_q must be an integer",),
+    ),
+    Bad("max_seqlen_k of several", varlen(max_seqlen_k=ints(9, 9)), ValueError, ("max_seqlen_k must be an integer",)),
     Bad("lengths beyond", cached(cache_seqlens=ints(3, 11)), ValueError, ("cache_seqlens must be from 0 to 10", "11")),
     Bad("lengths below", cached(cache_seqlens=ints(-2, 3)), ValueError, ("cache_seqlens must be from 0 to 10", "-2")),
     Bad(
@@ -145,7 +179,7 @@ MORE = [
     ),
     Bad(
         "rotation beyond, lengths in a tensor",
-        appending(q=t(2, 2, 4, 8), causal=True, rotary_cos=t(10, 4), rotary_sin=t(10, 4), cache_seqlens=ints(1, 2)),
+        appending(q=t(2, 2, 4, 8), causal=True, rotary_cos=t(10, 4), rotary_sin=t(10, 4), cache_seqlens=ints(1, 9)),
         ValueError,
         ("rotary_cos and rotary_sin must have 11 rows", "(10, 4)"),
     ),

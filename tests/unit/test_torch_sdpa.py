@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -301,3 +302,22 @@ def test_where_cudnn_is_not_asked(
             hfp.attention(q, k, v, AttentionMask(causal=causal))
     assert seen == [asked and before] * 2
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_sinks_are_not_rounded_to_the_queries_dtype() -> None:
+    """A score of 20 beside a sink of 20.2: bf16 has 20.25 for it."""
+    k = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16)
+    k[..., 0] = 1
+    with hfp.use_provider("torch_sdpa"):
+        out = hfp.flash_attn_func(k * 20, k, torch.ones_like(k), softmax_scale=1.0, s_aux=torch.tensor([20.2]))
+    assert abs(out[0, 0, 0, 0].item() - 1 / (1 + math.exp(0.2))) < 2e-3
+
+
+@pytest.mark.parametrize("empty", ("batch", "rows"))
+def test_sinks_of_empty_calls_stay_in_the_graph(empty: str) -> None:
+    sinks = torch.zeros(4, requires_grad=True)
+    q = torch.randn(0, 3, 4, 16) if empty == "batch" else torch.randn(2, 0, 4, 16)
+    k = torch.randn(q.shape[0], 3, 4, 16)
+    with hfp.use_provider("torch_sdpa"):
+        hfp.flash_attn_func(q, k, k, s_aux=sinks).sum().backward()
+    assert sinks.grad is not None and (sinks.grad == 0).all()

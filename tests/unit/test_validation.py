@@ -323,7 +323,7 @@ BAD = [
         ValueError,
         ("k_cache holds 1 rows", "batch 2"),
     ),
-    Bad("v_cache too small", cached(v_cache=t(1, 10, 2, 8)), ValueError, ("v", "batch 1", "batch 2")),
+    Bad("v_cache too small", cached(v_cache=t(1, 10, 2, 8)), ValueError, ("v_cache", "same batch", "(1, 10, 2, 8)")),
     Bad("batch_idx of 3", cached(cache_batch_idx=t(3, dtype=INT)), ValueError, ("cache_batch_idx", "(2,)", "(3,)")),
     Bad(
         "batch_idx of floats",

@@ -148,6 +148,15 @@ def _flags(causal: bool, sliding_window: int | None) -> AttentionMask:
     return AttentionMask(causal=causal, window=(sliding_window - 1, -1 if causal else sliding_window - 1))
 
 
+def _chunk(module: torch.nn.Module) -> int | None:
+    """The chunks of a layer whose rows see the keys of their chunk (Llama 4), whose mask says so, too."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or index is None or index >= len(kinds) or kinds[index] != "chunked_attention":
+        return None
+    return getattr(config, "attention_chunk_size", None)
+
+
 def _understand(
     attention_mask: Tensor,
     module: torch.nn.Module,
@@ -158,16 +167,20 @@ def _understand(
     kwargs: dict[str, Any],
 ) -> AttentionMask:
     """Any mask that can reach an attention call, as an :class:`AttentionMask`."""
-    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    seqlen_q, seqlen_k, chunk = query.shape[2], key.shape[2], _chunk(module)
     if carrier.is_carrier(attention_mask):
-        return packing.documents(carrier.decode(attention_mask, seqlen_q, seqlen_k), query, key, kwargs)
+        return packing.documents(carrier.decode(attention_mask, seqlen_q, seqlen_k), query, key, kwargs, chunk)
+    if attention_mask.dim() == 4 and attention_mask.dtype == carrier.IN_GRAPH:
+        attention_mask = packing.dense_documents(attention_mask.bool(), query, key, kwargs, chunk)
     if attention_mask.dim() == 4 and (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
         bias = attention_mask[..., :seqlen_k]
+        if bias.shape[-1] == 1 and seqlen_k > 1:  # stands for all keys, as it does when it is added to scores
+            bias = bias.expand(*bias.shape[:-1], seqlen_k)
         if bias.dtype == torch.bool and seqlen_q == 1 and bias.shape[1] == 1 and bias.shape[2] == 1:
             mask = AttentionMask(key_mask=bias[:, 0, 0, :])  # one row: a dense mask is a key mask
         else:
             mask = AttentionMask(bias=bias)
-        return packing.by_lengths(mask, query, key, kwargs)
+        return packing.by_lengths(mask, query, key, kwargs, chunk=chunk)
     if attention_mask.dim() == 2:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
         padded = _padding(attention_mask, _flags(bool(causal), sliding_window), seqlen_q, seqlen_k)

@@ -82,14 +82,20 @@ def _restrict(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, win
     """A dense mask joined with the causal and local pattern that the eager class keeps in its ``bias`` buffer."""
     if mask is None or not (causal or window):
         return mask
+    mask = mask[..., : key.shape[2]]
     rows = torch.arange(query.shape[2], device=key.device)[:, None] + (key.shape[2] - query.shape[2])
     keys = torch.arange(key.shape[2], device=key.device)
+    if (
+        causal
+    ):  # in a static cache slots that nobody wrote follow a row's own key, which is the last that the mask shows
+        shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+        rows = torch.minimum(rows, torch.where(shown, keys, -1).amax(-1, keepdim=True))
     seen = keys <= rows if causal else torch.ones_like(keys <= rows)
     if window:
         seen = seen & (keys > rows - window)
     if mask.dtype == torch.bool:
-        return mask[..., : key.shape[2]] & seen
-    return mask[..., : key.shape[2]].masked_fill(~seen, float("-inf"))
+        return mask & seen
+    return mask.masked_fill(~seen, float("-inf"))
 
 
 def _attend(

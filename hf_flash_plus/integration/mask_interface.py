@@ -304,7 +304,8 @@ def flash_plus_mask(
         attention_mask: bool ``(batch, length)`` padding mask over absolute key indices, or None.
 
     Returns:
-        int32 ``(batch or 1, 1, q_length, columns)`` (see ``carrier.py``) or bool ``(batch, 1, q_length, kv_length)``.
+        int32 ``(batch or 1, 1, q_length, columns)`` (see ``carrier.py``) or bool ``(batch, 1, q_length, kv_length)``
+        (inside a graph that of ``carrier.IN_GRAPH``).
     """
     arguments = dict(
         batch_size=batch_size,
@@ -328,7 +329,9 @@ def flash_plus_mask(
     # Dynamo can compare functions but not read their closures: only the two plain kinds are recognised there.
     plain = mask_function in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
     if compiling and not plain:
-        return _dense(arguments)
+        dense = _dense(arguments)
+        rows_are_keys = not isinstance(q_offset, Tensor) and q_length == kv_length and q_length > 1
+        return dense.to(carrier.IN_GRAPH) if dense is not None and rows_are_keys else dense
     aligned = not isinstance(q_offset, Tensor) and q_offset - kv_offset + q_length == kv_length
     device = torch.device(device)
     if q_length == 1 and not compiling:

@@ -38,6 +38,8 @@ ADDITIVE_MASK_MODELS: dict[str, str] = {
     "qwen4_exp": "its indexer reads the additive mask",
     "gemma4_audio": "its audio encoder reads where an additive mask is not zero",
     "deepseek_v4": "appends the bias of its compressed keys to the mask",
+    "beit": "adds its relative position bias to the mask",
+    "nllb-moe": "its routers read which tokens an additive mask hides",
 }
 
 #: Families that work on the mask of a single query row themselves: that one is dense, as sdpa gets it. (On the CPU

@@ -24,13 +24,23 @@ from torch import Tensor
 
 from ..inputs import describe
 from ..interval_cache import capturing, share
-from ..masks import AttentionMask, document_intervals, intersect_intervals, own, varlen_mask, with_intervals
+from ..masks import (
+    AttentionMask,
+    document_intervals,
+    intersect_intervals,
+    own,
+    varlen_mask,
+    visible,
+    with_intervals,
+)
 from . import carrier
 
 _INTEGERS = (torch.int32, torch.int64)
 
 
-def documents(carried: carrier.Carried, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> AttentionMask:
+def documents(
+    carried: carrier.Carried, query: Tensor, key: Tensor, kwargs: dict[str, Any], chunk: int | None = None
+) -> AttentionMask:
     """The mask of a carrier, with the packed documents kept apart that ``cu_seq_lens_q`` or (where the mask takes each
     row for one document) ``position_ids`` tell.
 
@@ -38,18 +48,24 @@ def documents(carried: carrier.Carried, query: Tensor, key: Tensor, kwargs: dict
         carried: what the carrier holds.
         query, key: ``(batch, nheads, seqlen, head_dim)``.
         kwargs: of the attention call.
+        chunk: keys of a chunk, which the mask counts from the row's beginning, and documents from their own.
 
     Raises:
         ValueError: ``cu_seq_lens_q/k`` that do not describe the call.
     """
     if kwargs.get("cu_seq_lens_q") is not None:
-        return by_lengths(carried.mask, query, key, kwargs, carried)
+        return by_lengths(carried.mask, query, key, kwargs, carried, chunk)
     mask, position_ids = carried.mask, kwargs.get("position_ids")
+    if mask.key_mask is not None and torch.compiler.is_compiling():
+        return _beside_ones(mask, query, key, position_ids)
     if not carried.one_document or not isinstance(position_ids, Tensor) or not _of_rows(position_ids, query):
         return mask
     if carried.repack is None or not _readable(position_ids):
         # Nobody looks at values: the intervals are kept, which say nothing new for a single document.
-        return _intersected(mask, document_intervals(position_ids), query, key, causal_only=True)
+        whole = document_intervals(position_ids)
+        if chunk is not None and mask.key_mask is None:  # causal; for a single document the same again
+            return AttentionMask(row_intervals=_chunks(whole.to(query.device), chunk))
+        return _intersected(mask, whole, query, key, causal_only=True)
     found = _remembered(carried, (position_ids,))
     if found is not None:
         return found
@@ -61,6 +77,46 @@ def documents(carried: carrier.Carried, query: Tensor, key: Tensor, kwargs: dict
             share(made.row_intervals)
     carried.documents.append(((position_ids,), (carrier.version(position_ids),), made))
     return made
+
+
+def _beside_ones(mask: AttentionMask, query: Tensor, key: Tensor, position_ids: Any) -> AttentionMask:
+    """In compiled code: a carrier with a key mask, and the documents that ``position_ids`` tell where no key is padding
+    (beside padding they restart for other reasons)."""
+    assert mask.key_mask is not None
+    if not isinstance(position_ids, Tensor) or query.shape[2] != key.shape[2] or not _of_rows(position_ids, query):
+        return mask
+    everything = torch.tensor([0, key.shape[2]], dtype=torch.int32, device=query.device)
+    whole = torch.where(mask.key_mask.all(), document_intervals(position_ids).to(query.device), everything)
+    return _intersected(mask, whole, query, key, causal_only=True)
+
+
+def _chunks(whole: Tensor, chunk: int) -> Tensor:
+    """Row intervals of causal chunks, counted within documents: int32 as ``whole``, the documents' bounds."""
+    rows = torch.arange(whole.shape[1], device=whole.device, dtype=torch.int32)[None]
+    start = whole[..., 0]
+    return torch.stack((start + (rows - start) // chunk * chunk, (rows + 1).expand_as(start)), dim=-1)
+
+
+def dense_documents(
+    mask: Tensor, query: Tensor, key: Tensor, kwargs: dict[str, Any], chunk: int | None = None
+) -> Tensor:
+    """A dense mask that was made inside of a graph (``mask_interface.IN_GRAPH``), bool ``(batch or 1, 1, seqlen,
+    seqlen)``, without the keys of other documents that ``position_ids`` tell: where every row sees itself (there is no
+    padding) and none sees a later key (the mask is causal). Values cannot be looked at there."""
+    position_ids, seqlen_k = kwargs.get("position_ids"), key.shape[2]
+    if kwargs.get("cu_seq_lens_q") is not None or not isinstance(position_ids, Tensor):
+        return mask
+    if query.shape[2] != seqlen_k or not _of_rows(position_ids, query):
+        return mask
+    whole = document_intervals(position_ids).to(query.device)
+    if chunk is not None:
+        whole = _chunks(whole, chunk)
+    keys = torch.arange(seqlen_k, device=query.device)
+    same = ((keys >= whole[..., :1]) & (keys < whole[..., 1:]))[:, None]
+    causal = mask.diagonal(dim1=-2, dim2=-1).all() & ~mask.triu(1).any()
+    if chunk is not None:
+        return torch.where(causal, same, mask)
+    return mask & (same | ~causal)
 
 
 def by_positions(mask: AttentionMask, query: Tensor, key: Tensor, position_ids: Any) -> AttentionMask:
@@ -79,7 +135,12 @@ def by_positions(mask: AttentionMask, query: Tensor, key: Tensor, position_ids: 
 
 
 def by_lengths(
-    mask: AttentionMask, query: Tensor, key: Tensor, kwargs: dict[str, Any], carried: carrier.Carried | None = None
+    mask: AttentionMask,
+    query: Tensor,
+    key: Tensor,
+    kwargs: dict[str, Any],
+    carried: carrier.Carried | None = None,
+    chunk: int | None = None,
 ) -> AttentionMask:
     """The mask of a flattened batch of 1, whose documents ``cu_seq_lens_q`` and ``cu_seq_lens_k`` tell, if they came.
 
@@ -87,6 +148,7 @@ def by_lengths(
         mask: what else is masked. Flags alone are counted within each document; of anything else the keys of other
             documents are taken away.
         carried: where the mask comes from, which keeps what is worked out.
+        chunk: as of :func:`documents`.
 
     Raises:
         ValueError: lengths that do not describe the call.
@@ -98,11 +160,11 @@ def by_lengths(
     cu_k = cu_q if cu_k is None else cu_k
     _check_lengths(cu_q, cu_k, query.shape[0], seqlen_q, seqlen_k)
     if torch.compiler.is_compiling():
-        return _make(mask, cu_q, cu_k, query, key, None)
+        return _make(mask, cu_q, cu_k, query, key, None, chunk)
     found = _recall(mask, cu_q, cu_k, seqlen_q) if carried is None else _remembered(carried, (cu_q, cu_k))
     if found is not None:
         return found
-    made = _make(mask, cu_q, cu_k, query, key, None if carried is None else carried.repack)
+    made = _make(mask, cu_q, cu_k, query, key, None if carried is None else carried.repack, chunk)
     if made.row_intervals is not None:
         share(made.row_intervals)
     versions = carrier.version(cu_q), carrier.version(cu_k)
@@ -120,6 +182,7 @@ def _make(
     query: Tensor,
     key: Tensor,
     repack: Callable[[Tensor], AttentionMask] | None,
+    chunk: int | None,
 ) -> AttentionMask:
     seqlen_q, seqlen_k, device = query.shape[2], key.shape[2], query.device
     starts_q, starts_k = cu_q.to(device, torch.int32), cu_k.to(device, torch.int32)
@@ -136,6 +199,10 @@ def _make(
     if repack is not None:
         # A mask that counts positions (chunks) counts them within each document.
         return repack(torch.arange(seqlen_q, device=device)[None] - whole[..., 0])
+    if chunk is not None:  # keys that the mask hides from every row are padding
+        seen = visible(mask, seqlen_q, seqlen_k, device)
+        key_mask = None if seen is None else seen.any(dim=(1, 2))
+        return AttentionMask(row_intervals=_chunks(whole, chunk), key_mask=key_mask)
     return _intersected(mask, whole, query, key)
 
 

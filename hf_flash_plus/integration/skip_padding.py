@@ -115,15 +115,22 @@ def _before(
     if not isinstance(hidden, Tensor) or not isinstance(mask, Tensor) or any(x is not None for x in others):
         return None
     packed = _packed(hidden, mask)
+    if packed is not None and any(packed[0].shape[1] % chunk for chunk in _chunks(module)):
+        return None
     return None if packed is None else ((), {**given, "hidden_states": packed[0], "attention_mask": packed[1]})
+
+
+def _chunks(encoder: Any) -> set[int]:
+    """Into how many tokens at a time layers cut their feed-forward part: a length must be a multiple."""
+    return {chunk for layer in encoder.layer if (chunk := getattr(layer, "chunk_size_feed_forward", 0))}
 
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Put the tokens back where they were; the mask that ``_before`` made says where that is."""
     places: _Places | None = getattr(kwargs.get("attention_mask"), _ATTRIBUTE, None)
-    if places is None:
-        return None
     tokens = output[0]
+    if places is None or tokens.shape[:2] != (1, len(places.index)):  # not packed, or another hook has put them back
+        return None
     hidden = tokens.new_zeros(places.batch * places.length, tokens.shape[-1]).index_copy(0, places.index, tokens[0])
     hidden = hidden.view(places.batch, places.length, -1)
     if isinstance(output, tuple):

@@ -14,7 +14,7 @@ from hf_flash_plus import AttentionMask, attention
 from hf_flash_plus.integration import mask_interface
 from hf_flash_plus.integration.attention import flash_plus_attention
 
-from .tiny import build, ids
+from .tiny import _llama4, build, build_from, ids
 
 X = ids(1, 12)
 POSITIONS = torch.cat([torch.arange(5), torch.arange(7)])[None]
@@ -263,3 +263,56 @@ def test_compiled(name: str, config: dict[str, Any]) -> None:
     said: dict[str, Any] = dict(input_ids=X, position_ids=POSITIONS, use_cache=False)
     compiled = torch.compile(build(name, "flash_plus", **config), backend="eager")
     assert_close(compiled(**said).logits, build(name, "eager", **config)(**said).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("beside", ["nothing", "ones"])
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt_oss"])
+def test_compiled_documents(name: str, use_cache: bool, beside: str, told_by: str) -> None:
+    """Masks of windows are dense inside of graphs, and masks beside padding have a key mask."""
+    said: dict[str, Any] = dict(position_ids=POSITIONS) | (lengths() if told_by == "cu_seq_lens" else {})
+    if beside == "ones":
+        said["attention_mask"] = torch.ones_like(X)
+    torch._dynamo.reset()
+    compiled = torch.compile(build(name, "flash_plus"), backend="eager")
+    assert_close(compiled(X, use_cache=use_cache, **said).logits, alone(name))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_compiled_padding_is_no_document(name: str) -> None:
+    """Positions restart behind padding on the left, too."""
+    tokens, real = ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    real[0, :4] = 0
+    positions = (real.cumsum(-1) - 1).clamp(min=0)
+    torch._dynamo.reset()
+    compiled = torch.compile(build(name, "flash_plus"), backend="eager")
+    out, want = (
+        model(tokens, attention_mask=real, position_ids=positions).logits for model in (compiled, build(name, "eager"))
+    )
+    assert_close(out[real.bool()], want[real.bool()])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["compiled", "copied mask"])
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens"])
+def test_chunks_without_what_rides_along(told_by: str, way: str) -> None:
+    """In graphs, and where a mask is moved to another device, nobody tells how it counts positions."""
+    config = _llama4(4)
+    eager, model = (build_from(tf.Llama4ForCausalLM, config, name) for name in ("eager", "flash_plus"))
+    want = torch.cat([eager(X[:, :5]).logits, eager(X[:, 5:]).logits], dim=1)
+    said: dict[str, Any] = dict(position_ids=POSITIONS) | (lengths() if told_by == "cu_seq_lens" else {})
+    if way == "compiled":
+        torch._dynamo.reset()
+        out = torch.compile(model, backend="eager")(X, use_cache=False, **said)
+    else:
+
+        def copy(module: Any, args: Any, kwargs: Any) -> Any:
+            return args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()}
+
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(copy, with_kwargs=True)
+        out = model(X, use_cache=False, **said)
+    assert_close(out.logits, want)

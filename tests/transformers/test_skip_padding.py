@@ -131,3 +131,29 @@ def test_models_without_such_an_encoder_are_refused() -> None:
         hf_flash_plus.skip_padding(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
         hf_flash_plus.skip_padding(None)
+
+
+@torch.no_grad()
+def test_twice_on_one_model() -> None:
+    mask = padding("right")
+    model = build("bert", attn_implementation="flash_plus")
+    hf_flash_plus.skip_padding(model)
+    once = model(ids(), attention_mask=mask).last_hidden_state
+    with hf_flash_plus.skip_padding(model):
+        assert torch.equal(model(ids(), attention_mask=mask).last_hidden_state, once)
+    assert torch.equal(model(ids(), attention_mask=mask).last_hidden_state, once)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", (2, 4, 7))
+def test_layers_that_cut_their_feed_forward_part(chunk: int) -> None:
+    """They want lengths of a multiple: 14 tokens of 24 are taken together where they are one."""
+    mask = padding("right")
+    assert int(mask.sum()) == 14
+    model = build("bert", attn_implementation="flash_plus")
+    plain = model(ids(), attention_mask=mask).last_hidden_state
+    for layer in model.encoder.layer:
+        layer.chunk_size_feed_forward = chunk
+    hf_flash_plus.skip_padding(model)
+    got = model(ids(), attention_mask=mask).last_hidden_state if 8 % chunk == 0 or 14 % chunk == 0 else plain
+    torch.testing.assert_close(got[mask.bool()], plain[mask.bool()])

@@ -15,7 +15,7 @@ from hf_flash_plus.coverage.worker import run_row
 from hf_flash_plus.integration import mask_interface
 from hf_flash_plus.integration.attention import flash_plus_attention
 
-from .tiny import _DECODER, VOCAB, _llama4, _text, assert_close, build, build_from, ids, padding
+from .tiny import _DECODER, VOCAB, _bart, _llama4, _text, assert_close, build, build_from, ids, padding
 
 
 def pair(name: str, **changes):
@@ -144,6 +144,65 @@ def test_gpt_neo_local_window() -> None:
     assert_close(logits(ours, **batch), logits(eager, **batch))
     wide = build("gpt_neo", "flash_plus", window_size=100)
     assert (logits(wide, **batch) - logits(eager, **batch)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_gpt_neo_local_window_over_a_static_cache(kind: str) -> None:
+    """A row of a static cache stands before slots that nobody wrote; its window is counted from its own key."""
+    model = build("gpt_neo", "flash_plus")
+    batch = dict(attention_mask=padding("left"), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    dynamic = model.generate(ids(), **batch)
+    assert torch.equal(model.generate(ids(), cache_implementation="static", disable_compile=True, **batch), dynamic)
+    layer = model.transformer.h[1].attn.attention
+    q, k, v = (torch.randn(1, layer.num_heads, n, layer.head_dim) for n in (1, 16, 16))
+    seen = torch.zeros(1, 1, 1, 16, dtype=torch.bool)
+    seen[..., :11] = True
+    mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    out = layer._attn(q, k, v, mask)[0]
+    torch.testing.assert_close(out, layer._attn(q, k[:, :, :11], v[:, :, :11], mask[..., :11])[0])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_beit_adds_its_position_bias_to_the_mask(shared: bool) -> None:
+    config = tf.BeitConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8,
+        use_relative_position_bias=not shared, use_shared_relative_position_bias=shared,
+    )  # fmt: skip
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    outs = []
+    for implementation in ("flash_plus", "eager"):
+        model = build_from(tf.BeitModel, config, implementation)
+        for name, parameter in model.named_parameters():
+            if "relative_position_bias" in name:
+                nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+        outs.append(model(pixels).last_hidden_state)
+    assert_close(*outs)
+
+
+def test_nllb_moe_routes_by_the_additive_mask() -> None:
+    config = _bart(tf.NllbMoeConfig, num_experts=4, expert_capacity=64, encoder_sparse_step=1, decoder_sparse_step=1)
+    batch = dict(input_ids=ids(), attention_mask=padding("right"), decoder_input_ids=ids(length=7, seed=1))
+    outs = [
+        logits(build_from(tf.NllbMoeForConditionalGeneration, config, name), **batch)
+        for name in ("flash_plus", "eager")
+    ]
+    assert_close(*outs)
+
+
+def test_minimax_sizes_its_mask_by_a_linear_layer() -> None:
+    """Its mask of one column stands for all keys."""
+    config = tf.MiniMaxConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=2, head_dim=8, num_local_experts=2, block_size=4, pad_token_id=0, eos_token_id=None,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    ours, eager = (
+        build_from(tf.MiniMaxForCausalLM, config, name).generate(
+            ids(), max_new_tokens=6, pad_token_id=0, do_sample=False
+        )
+        for name in ("flash_plus", "eager")
+    )
+    assert torch.equal(ours, eager)
 
 
 def test_t5gemma_encoder_window() -> None:

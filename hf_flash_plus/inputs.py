@@ -222,13 +222,17 @@ def require_strided(name: str, tensor: object) -> None:
     )
 
 
+#: How many modes are active that see each of torch's operations: who traces, who counts (a torch that does not say: 1).
+dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether values can be looked at without waiting for a device, or breaking a graph that is being traced."""
     return (
         tensor.device.type == "cpu"
         and type(tensor) is Tensor
         and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0  # a mode that traces, or counts
+        and dispatch_modes() == 0
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 

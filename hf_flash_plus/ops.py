@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch
-from .inputs import AttentionInputs, CallSignature
+from .inputs import AttentionInputs, CallSignature, dispatch_modes
 from .masks import AttentionMask, PackedSequences, visible
 from .paged import gather_pages
 from .providers import PROVIDERS, AttentionOutput
@@ -451,7 +451,7 @@ def _nobody_watches(query: Tensor) -> bool:
 def watched() -> bool:
     """Whether somebody needs to see torch's operations one by one: functorch transforms, dispatch modes (``make_fx``),
     ``torch.jit.trace``, differentiation in forward mode. A launch would pass them by, without an error."""
-    return bool(_transforms() or _dispatch_modes() or _tracing() or forward_ad._current_level >= 0)
+    return bool(_transforms() or dispatch_modes() or _tracing() or forward_ad._current_level >= 0)
 
 
 def _transformed() -> bool:
@@ -490,7 +490,6 @@ def _needs_gradient(tensor: Tensor) -> bool:
 
 # Private, but what torch's own libraries ask; where one is missing, every call goes through the dispatcher.
 _transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _tracing = getattr(torch._C, "_is_tracing", lambda: True)
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 

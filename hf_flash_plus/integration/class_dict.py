@@ -85,9 +85,8 @@ def _restrict(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, win
     mask = mask[..., : key.shape[2]]
     rows = torch.arange(query.shape[2], device=key.device)[:, None] + (key.shape[2] - query.shape[2])
     keys = torch.arange(key.shape[2], device=key.device)
-    if (
-        causal
-    ):  # in a static cache slots that nobody wrote follow a row's own key, which is the last that the mask shows
+    if causal:
+        # In a static cache slots that nobody wrote follow a row's own key, which is the last that the mask shows.
         shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
         rows = torch.minimum(rows, torch.where(shown, keys, -1).amax(-1, keepdim=True))
     seen = keys <= rows if causal else torch.ones_like(keys <= rows)

@@ -62,10 +62,15 @@ def documents(
         return mask
     if carried.repack is None or not _readable(position_ids):
         # Nobody looks at values: the intervals are kept, which say nothing new for a single document.
-        whole = document_intervals(position_ids)
-        if chunk is not None and mask.key_mask is None:  # causal; for a single document the same again
-            return AttentionMask(row_intervals=_chunks(whole.to(query.device), chunk))
-        return _intersected(mask, whole, query, key, causal_only=True)
+        whole = document_intervals(position_ids).to(query.device)
+        apart = _intersected(mask, whole, query, key, causal_only=True)
+        if chunk is None or mask.row_intervals is None:
+            return apart
+        # Where each row sees itself and no later key there is no padding, and documents count chunks of their own.
+        assert apart.row_intervals is not None
+        rows = torch.arange(query.shape[2], device=query.device)
+        complete = (mask.row_intervals[..., 1] == rows + 1).all()
+        return replace(apart, row_intervals=torch.where(complete, _chunks(whole, chunk), apart.row_intervals))
     found = _remembered(carried, (position_ids,))
     if found is not None:
         return found
@@ -100,7 +105,7 @@ def _chunks(whole: Tensor, chunk: int) -> Tensor:
 def dense_documents(
     mask: Tensor, query: Tensor, key: Tensor, kwargs: dict[str, Any], chunk: int | None = None
 ) -> Tensor:
-    """A dense mask that was made inside of a graph (``mask_interface.IN_GRAPH``), bool ``(batch or 1, 1, seqlen,
+    """A dense mask that was made inside of a graph (``carrier.IN_GRAPH``), bool ``(batch or 1, 1, seqlen,
     seqlen)``, without the keys of other documents that ``position_ids`` tell: where every row sees itself (there is no
     padding) and none sees a later key (the mask is causal). Values cannot be looked at there."""
     position_ids, seqlen_k = kwargs.get("position_ids"), key.shape[2]

@@ -295,6 +295,20 @@ def test_compiled_padding_is_no_document(name: str) -> None:
     assert_close(out[real.bool()], want[real.bool()])
 
 
+def without_what_rides_along(model: Any, way: str) -> Any:
+    """The model in a graph, or with layers that get copies of their masks, as on several devices."""
+    if way == "compiled":
+        torch._dynamo.reset()
+        return torch.compile(model, backend="eager")
+
+    def copy(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()}
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(copy, with_kwargs=True)
+    return model
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("way", ["compiled", "copied mask"])
 @pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens"])
@@ -304,15 +318,18 @@ def test_chunks_without_what_rides_along(told_by: str, way: str) -> None:
     eager, model = (build_from(tf.Llama4ForCausalLM, config, name) for name in ("eager", "flash_plus"))
     want = torch.cat([eager(X[:, :5]).logits, eager(X[:, 5:]).logits], dim=1)
     said: dict[str, Any] = dict(position_ids=POSITIONS) | (lengths() if told_by == "cu_seq_lens" else {})
-    if way == "compiled":
-        torch._dynamo.reset()
-        out = torch.compile(model, backend="eager")(X, use_cache=False, **said)
-    else:
+    assert_close(without_what_rides_along(model, way)(X, use_cache=False, **said).logits, want)
 
-        def copy(module: Any, args: Any, kwargs: Any) -> Any:
-            return args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()}
 
-        for layer in model.model.layers:
-            layer.self_attn.register_forward_pre_hook(copy, with_kwargs=True)
-        out = model(X, use_cache=False, **said)
-    assert_close(out.logits, want)
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["compiled", "copied mask"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_chunks_without_what_rides_along(side: str, way: str) -> None:
+    """Positions restart behind padding, and count chunks from the row's beginning as the mask does."""
+    real = torch.ones_like(X)
+    real[:, :3] = 0
+    real = real if side == "left" else real.flip(1)
+    said = dict(attention_mask=real, position_ids=(real.cumsum(-1) - 1).clamp(min=0))
+    eager, model = (build_from(tf.Llama4ForCausalLM, _llama4(4), name) for name in ("eager", "flash_plus"))
+    got, want = (each(X, use_cache=False, **said).logits for each in (without_what_rides_along(model, way), eager))
+    assert_close(got[real.bool()], want[real.bool()])

@@ -56,21 +56,15 @@ def documents(
     if kwargs.get("cu_seq_lens_q") is not None:
         return by_lengths(carried.mask, query, key, kwargs, carried, chunk)
     mask, position_ids = carried.mask, kwargs.get("position_ids")
-    if mask.key_mask is not None and torch.compiler.is_compiling():
-        return _beside_ones(mask, query, key, position_ids)
-    if not carried.one_document or not isinstance(position_ids, Tensor) or not _of_rows(position_ids, query):
+    # In a graph nobody can say that a mask beside the tokens is one of ones.
+    beside_mask = mask.key_mask is not None and torch.compiler.is_compiling() and query.shape[2] == key.shape[2]
+    if not (carried.one_document or beside_mask):
+        return mask
+    if not isinstance(position_ids, Tensor) or not _of_rows(position_ids, query):
         return mask
     if carried.repack is None or not _readable(position_ids):
         # Nobody looks at values: the intervals are kept, which say nothing new for a single document.
-        whole = document_intervals(position_ids).to(query.device)
-        apart = _intersected(mask, whole, query, key, causal_only=True)
-        if chunk is None or mask.row_intervals is None:
-            return apart
-        # Where each row sees itself and no later key there is no padding, and documents count chunks of their own.
-        assert apart.row_intervals is not None
-        rows = torch.arange(query.shape[2], device=query.device)
-        complete = (mask.row_intervals[..., 1] == rows + 1).all()
-        return replace(apart, row_intervals=torch.where(complete, _chunks(whole, chunk), apart.row_intervals))
+        return _apart(mask, position_ids, query, key, chunk)
     found = _remembered(carried, (position_ids,))
     if found is not None:
         return found
@@ -84,15 +78,18 @@ def documents(
     return made
 
 
-def _beside_ones(mask: AttentionMask, query: Tensor, key: Tensor, position_ids: Any) -> AttentionMask:
-    """In compiled code: a carrier with a key mask, and the documents that ``position_ids`` tell where no key is padding
-    (beside padding they restart for other reasons)."""
-    assert mask.key_mask is not None
-    if not isinstance(position_ids, Tensor) or query.shape[2] != key.shape[2] or not _of_rows(position_ids, query):
-        return mask
-    everything = torch.tensor([0, key.shape[2]], dtype=torch.int32, device=query.device)
-    whole = torch.where(mask.key_mask.all(), document_intervals(position_ids).to(query.device), everything)
-    return _intersected(mask, whole, query, key, causal_only=True)
+def _apart(mask: AttentionMask, position_ids: Tensor, query: Tensor, key: Tensor, chunk: int | None) -> AttentionMask:
+    """The mask with documents kept apart, where values cannot be looked at: if every row sees itself and no later key.
+    Then the mask is causal, and nothing is padding, beside which positions restart for other reasons."""
+    seqlen, device = query.shape[2], query.device
+    mask = with_intervals(mask, seqlen, key.shape[2], device)
+    assert mask.row_intervals is not None
+    whole = document_intervals(position_ids).to(device)
+    complete = (mask.row_intervals[..., 1] == torch.arange(1, seqlen + 1, device=device)).all()
+    if mask.key_mask is not None:
+        complete = complete & mask.key_mask.all()
+    apart = intersect_intervals(mask.row_intervals, whole) if chunk is None else _chunks(whole, chunk)
+    return replace(mask, row_intervals=torch.where(complete, apart, mask.row_intervals))
 
 
 def _chunks(whole: Tensor, chunk: int) -> Tensor:
@@ -215,24 +212,13 @@ def _only_flags(mask: AttentionMask) -> bool:
     return mask.row_intervals is None and mask.key_mask is None and mask.bias is None
 
 
-def _intersected(
-    mask: AttentionMask, whole: Tensor, query: Tensor, key: Tensor, causal_only: bool = False
-) -> AttentionMask:
-    """The mask without the keys outside each row's document, whose bounds are ``whole``.
-
-    ``causal_only``: batch elements whose mask lets some row see keys after its own stay as they are: a carrier that was
-    copied does not say that it is bidirectional, and bidirectional rows are not taken for several documents.
-    """
+def _intersected(mask: AttentionMask, whole: Tensor, query: Tensor, key: Tensor) -> AttentionMask:
+    """The mask without the keys outside each row's document, whose bounds are ``whole``."""
     seqlen_q, seqlen_k, device = query.shape[2], key.shape[2], query.device
     whole = whole.to(device)
     mask = with_intervals(mask, seqlen_q, seqlen_k, device)
     if mask.row_intervals is None:
         return replace(mask, row_intervals=whole)
-    if causal_only:
-        rows = torch.arange(seqlen_q, device=device)
-        causal = (mask.row_intervals[..., 1] <= rows + 1).all(-1)[:, None, None]
-        everything = torch.tensor([0, seqlen_k], dtype=torch.int32, device=device)
-        whole = torch.where(causal, whole, everything)
     return replace(mask, row_intervals=intersect_intervals(mask.row_intervals, whole))
 
 

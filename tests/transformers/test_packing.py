@@ -333,3 +333,20 @@ def test_padded_chunks_without_what_rides_along(side: str, way: str) -> None:
     eager, model = (build_from(tf.Llama4ForCausalLM, _llama4(4), name) for name in ("eager", "flash_plus"))
     got, want = (each(X, use_cache=False, **said).logits for each in (without_what_rides_along(model, way), eager))
     assert_close(got[real.bool()], want[real.bool()])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["compiled", "copied mask"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "llama4"])
+def test_documents_beside_padding(name: str, way: str) -> None:
+    """Whoever pads says with the mask what is to be seen: positions that restart are not taken for documents, whatever
+    became of the mask on its way."""
+    real = torch.ones_like(X)
+    real[:, 9:] = 0
+    said = dict(attention_mask=real, position_ids=torch.cat([torch.arange(5), torch.arange(7)])[None])
+    if name == "llama4":
+        plain, model = (build_from(tf.Llama4ForCausalLM, _llama4(4), "flash_plus") for _ in range(2))
+    else:
+        plain, model = build(name, "flash_plus"), build(name, "flash_plus")
+    got, want = (each(X, use_cache=False, **said).logits for each in (without_what_rides_along(model, way), plain))
+    assert_close(got[real.bool()], want[real.bool()])

@@ -11,7 +11,7 @@ import transformers as tf
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hf_flash_plus import AttentionMask, attention
-from hf_flash_plus.integration import mask_interface
+from hf_flash_plus.integration import mask_interface, packing
 from hf_flash_plus.integration.attention import flash_plus_attention
 
 from .tiny import _llama4, build, build_from, ids
@@ -337,12 +337,13 @@ def test_padded_chunks_without_what_rides_along(side: str, way: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("way", ["compiled", "copied mask"])
+@pytest.mark.parametrize("padding", [slice(9, None), slice(6, 7)], ids=["behind", "inside"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "llama4"])
-def test_documents_beside_padding(name: str, way: str) -> None:
+def test_documents_beside_padding(name: str, padding: slice, way: str) -> None:
     """Whoever pads says with the mask what is to be seen: positions that restart are not taken for documents, whatever
     became of the mask on its way."""
     real = torch.ones_like(X)
-    real[:, 9:] = 0
+    real[:, padding] = 0
     said = dict(attention_mask=real, position_ids=torch.cat([torch.arange(5), torch.arange(7)])[None])
     if name == "llama4":
         plain, model = (build_from(tf.Llama4ForCausalLM, _llama4(4), "flash_plus") for _ in range(2))
@@ -350,3 +351,21 @@ def test_documents_beside_padding(name: str, way: str) -> None:
         plain, model = build(name, "flash_plus"), build(name, "flash_plus")
     got, want = (each(X, use_cache=False, **said).logits for each in (without_what_rides_along(model, way), plain))
     assert_close(got[real.bool()], want[real.bool()])
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "both directions", "padded"])
+def test_dense_masks_of_graphs(kind: str) -> None:
+    """Documents are kept apart where rows see themselves and no later key: else rows are not those of documents."""
+    q = torch.empty(1, 1, 12, 4)
+    distance = torch.arange(12)[:, None] - torch.arange(12)
+    mask = (
+        distance >= 0
+        if kind in ("causal", "padded")
+        else (distance < 7) & (distance >= (0 if kind == "window" else -6))
+    )
+    if kind == "padded":
+        mask = mask & (torch.arange(12) < 9)
+    mask = mask[None, None]
+    same = torch.arange(12)[:, None].lt(5) == torch.arange(12).lt(5)
+    expected = mask & same if kind in ("causal", "window") else mask
+    assert torch.equal(packing.dense_documents(mask, q, q, dict(position_ids=POSITIONS)), expected)

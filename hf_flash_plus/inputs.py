@@ -414,6 +414,13 @@ def _validate_numbers(inputs: AttentionInputs) -> None:
     )
 
 
+def require_window(window: Sequence[int]) -> None:
+    """Raise ValueError for a side of a window that is neither unlimited (-1) nor a number of keys."""
+    _require(
+        min(window) >= -1, lambda: f"window_size must be >= -1 on both sides (-1 is unlimited), got {tuple(window)!r}."
+    )
+
+
 def _validate_mask(inputs: AttentionInputs) -> None:
     mask, q = inputs.mask, inputs.query
     batch, seqlen_q, nheads, seqlen_k = q.shape[0], q.shape[1], q.shape[2], inputs.key.shape[1]
@@ -423,10 +430,7 @@ def _validate_mask(inputs: AttentionInputs) -> None:
             f"window_size must be a tuple of two integers (left, right), -1 meaning unlimited, got {mask.window!r}."
         ),
     )
-    _require(
-        min(mask.window) >= -1,
-        lambda: f"window_size must be >= -1 on both sides (-1 is unlimited), got {mask.window!r}.",
-    )
+    require_window(mask.window)
     expected = (
         ("row_intervals", mask.row_intervals, (torch.int32,), ((batch, 1), (seqlen_q,), (2,))),
         ("key_mask", mask.key_mask, (torch.bool,), ((batch, 1), (seqlen_k,))),

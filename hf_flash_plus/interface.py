@@ -27,6 +27,7 @@ from .inputs import (
     readable,
     real,
     require_strided,
+    require_window,
     validate,
 )
 from .masks import TO_LAST_KEY, AttentionMask, PackedSequences, varlen_mask
@@ -45,8 +46,12 @@ def _window(window_size: Any) -> tuple[int, int]:
         raise ValueError(
             f"window_size must be a pair of integers (left, right), -1 meaning unlimited, got {window_size!r}."
         ) from None
-    if min(left, right) < -1:
-        raise ValueError(f"window_size must be >= -1 on both sides (-1 is unlimited), got {window_size!r}.")
+    require_window((left, right))
+    return _bounded(left, right)
+
+
+def _bounded(left: int, right: int) -> tuple[int, int]:
+    """The same window with sides that a key's number can be added to in int64."""
     return min(left, TO_LAST_KEY), min(right, TO_LAST_KEY)
 
 
@@ -58,7 +63,7 @@ def _plain_window(mask: AttentionMask) -> AttentionMask:
     left, right = integer(window[0]), integer(window[1])
     if not (isinstance(left, int) and isinstance(right, int)):
         return mask  # which is refused
-    left, right = min(left, TO_LAST_KEY), min(right, TO_LAST_KEY)  # a key's number plus a side must not overflow
+    left, right = _bounded(left, right)
     return mask if left is window[0] and right is window[1] else replace(mask, window=(left, right))
 
 

@@ -116,10 +116,13 @@ def flash_attn_with_kvcache(
     if k is not None:
         # A call that is refused must not have written into the cache.
         keys, values = _stand_ins(k_cache, v_cache, batch, slots, joined)
-        stand_in = AttentionInputs(q, keys, values, scale, flags, softcap, alibi_slopes, s_aux)
+        stand_in = AttentionInputs(
+            q, keys, values, scale, flags, softcap, alibi_slopes, s_aux, needs_lse=return_softmax_lse
+        )
         validate(stand_in)
         if not torch.compiler.is_compiling():
-            dispatch.select_provider(stand_in.signature())
+            with torch.no_grad():  # as the call itself
+                dispatch.select_provider(stand_in.signature())
     if block_table is not None:
         require_pages(block_table, used + (0 if k is None else k.shape[1]), k_cache)
     with torch.no_grad():

@@ -29,8 +29,8 @@ from ..providers.base import DecodingTicket
 
 ATTRIBUTE = "_hf_flash_plus_mask"
 #: The dtype of dense masks that are made inside of a graph for all keys of a row: other than a mask of the user's own,
-#: which is bool, they do not tell packed documents apart yet (``packing.dense_documents``).
-IN_GRAPH = torch.uint8
+#: which is bool (and refused in bytes), they do not tell packed documents apart yet (``packing.dense_documents``).
+IN_GRAPH = torch.int8
 _WORD = 16
 
 

@@ -83,6 +83,8 @@ def _restrict(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, win
     if mask is None or not (causal or window):
         return mask
     mask = mask[..., : key.shape[2]]
+    if mask.dtype == carrier.IN_GRAPH:
+        mask = mask.bool()
     rows = torch.arange(query.shape[2], device=key.device)[:, None] + (key.shape[2] - query.shape[2])
     keys = torch.arange(key.shape[2], device=key.device)
     if causal:

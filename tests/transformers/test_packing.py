@@ -373,3 +373,19 @@ def test_dense_masks_of_graphs(kind: str) -> None:
     same = torch.arange(12)[:, None].lt(5) == torch.arange(12).lt(5)
     expected = mask & same if kind in ("causal", "window") else mask
     assert torch.equal(packing.dense_documents(mask, q, q, dict(position_ids=POSITIONS)), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt_neo", "gptj", "falcon"])
+def test_compiled_models_whose_classes_change(name: str) -> None:
+    """They narrow masks themselves: those of graphs, too."""
+    torch._dynamo.reset()
+    model = build(name, "flash_plus")
+    said: dict[str, Any] = dict(position_ids=POSITIONS, use_cache=False)
+    plain = model(X, **said).logits
+    assert_close(torch.compile(model, backend="eager")(X, **said).logits, plain)
+
+
+def test_bytes_are_no_mask() -> None:
+    with pytest.raises(ValueError, match=r"torch.uint8.*4-D boolean"):
+        _layer(torch.ones(1, 1, 12, 12, dtype=torch.uint8))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hf_flash_plus as hfp
-from hf_flash_plus import NoProviderError, flash_attn_with_kvcache, use_provider
+from hf_flash_plus import NoProviderError, dispatch, flash_attn_with_kvcache, use_provider
 
 from . import oracle
 from .oracle import assert_close
@@ -392,3 +392,14 @@ def test_the_widest_window_hides_nothing(lengths: int | Tensor) -> None:
         flash_attn_with_kvcache(q, k, k, cache_seqlens=lengths, window_size=(side, side)) for side in (2**63 - 1, -1)
     )
     torch.testing.assert_close(wide, none)
+
+
+def test_the_look_for_a_provider_asks_for_what_the_call_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No gradient, which some provider might not have: the function is forward only; and the log-sum-exp if wanted."""
+    asked: list[Any] = []
+    select = dispatch.select_provider
+    monkeypatch.setattr(dispatch, "select_provider", lambda signature: asked.append(signature) or select(signature))
+    q, new, cache = torch.randn(2, 1, 2, 16, requires_grad=True), torch.ones(2, 1, 2, 16), torch.zeros(2, 8, 2, 16)
+    flash_attn_with_kvcache(q, cache, cache.clone(), new, new, cache_seqlens=2, return_softmax_lse=True)
+    assert len(asked) == 2 and not any(signature.needs_grad for signature in asked)
+    assert asked[0] == asked[1]
